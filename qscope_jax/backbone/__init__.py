@@ -1,0 +1,1 @@
+"""The Qwen text backbones as pure functions over pytrees."""

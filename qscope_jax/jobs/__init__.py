@@ -1,0 +1,1 @@
+"""One file per command: a frozen `Config` and `run(config)`. The only layer that is not pure."""

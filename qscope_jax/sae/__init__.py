@@ -1,0 +1,1 @@
+"""TopK sparse autoencoders: the maths, their quality, and their files."""

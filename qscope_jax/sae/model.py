@@ -1,0 +1,122 @@
+"""TopK sparse autoencoders in the release's form.
+
+    a = relu(topk_k(x @ w_enc + b_enc)),    x_hat = a @ w_dec + b_dec
+
+No decoder bias is subtracted from the input and nothing is normalised (Qwen-Scope model cards; report §2.2).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from qscope_kernels.sparse_decode import sparse_decode
+from qscope_kernels.topk_encode import topk_encode
+
+Contract = Literal["exact", "fast"]
+
+
+class SaeParams(NamedTuple):
+    """Weights of one SAE; rows of `w_dec` are feature directions. The release stores both matrices transposed."""
+
+    w_enc: Float[Array, "d f"]
+    b_enc: Float[Array, "f"]
+    w_dec: Float[Array, "f d"]
+    b_dec: Float[Array, "d"]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SaeConfig:
+    """What is known of one SAE besides its weights. It is static under `jit`.
+
+    `layer` is the 0-based decoder layer whose output the SAE reads, before the final norm. `sink_threshold` is the
+    residual norm above which a token counts as a sink (10x the layer's median norm), where it is known.
+    """
+
+    d_model: int
+    d_sae: int
+    k: int
+    layer: int | None = None
+    backbone: str | None = None
+    source: str | None = None
+    sink_threshold: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.k <= self.d_sae:
+            raise ValueError(f"k = {self.k} does not lie in 1..d_sae = {self.d_sae}")
+
+
+class Sae(NamedTuple):
+    """One SAE: a pytree whose `config` is static."""
+
+    params: SaeParams
+    config: SaeConfig
+
+
+class SparseCode(NamedTuple):
+    """The native form of features: `values` and `indices`, both [..., k], sorted by value, descending.
+
+    A slot whose value is 0 is unused, whatever its index.
+    """
+
+    values: Float[Array, "*n k"]
+    indices: Int[Array, "*n k"]
+
+
+def init_sae(key: jax.Array, config: SaeConfig, *, dtype=jnp.float32) -> Sae:
+    """Draws unit-norm decoder rows and ties the encoder to them, the start that keeps latents alive (Gao et al. 2024, §A.1)."""
+    w_dec = jax.random.normal(key, (config.d_sae, config.d_model), jnp.float32)
+    w_dec = (w_dec / jnp.linalg.norm(w_dec, axis=-1, keepdims=True)).astype(dtype)
+    b_enc, b_dec = jnp.zeros(config.d_sae, dtype), jnp.zeros(config.d_model, dtype)
+    return Sae(SaeParams(w_dec.T, b_enc, w_dec, b_dec), config)
+
+
+def encode(sae: Sae, x: Float[Array, "*n d"], *, contract: Contract = "exact", impl: str | None = None) -> SparseCode:
+    """The k largest positive pre-activations of every vector, as a `SparseCode` of float32 values and int32 indices.
+
+    Args:
+      sae: weights and k.
+      x: residual vectors [..., d], in the raw units of the residual stream.
+      contract: "exact" orders by float32-accumulated pre-activations; "fast" may order by rounded ones.
+      impl: a name of `qscope_kernels`; None picks by platform and shape.
+
+    Raises:
+      ValueError: the last axis of `x` is not the SAE's d_model.
+    """
+    _check_width("x", x, sae.config.d_model, "d_model")
+    p = sae.params
+    return SparseCode(*topk_encode(x, p.w_enc, p.b_enc, k=sae.config.k, contract=contract, impl=impl))
+
+
+def decode(sae: Sae, code: SparseCode, *, impl: str | None = None) -> Float[Array, "*n d"]:
+    """The reconstruction a @ w_dec + b_dec of a code, float32 [..., d]."""
+    p = sae.params
+    return sparse_decode(code.values, code.indices, p.w_dec, impl=impl) + p.b_dec.astype(jnp.float32)
+
+
+def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*n f"]:
+    """Scatters a code into [..., d_sae]; for looking at a few tokens, never for keeping many."""
+    values, indices = code
+    flat_values, flat_indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+    rows = jnp.arange(flat_values.shape[0])[:, None]
+    dense = jnp.zeros((flat_values.shape[0], d_sae), values.dtype).at[rows, flat_indices].add(flat_values, mode="drop")
+    return dense.reshape(*values.shape[:-1], d_sae)
+
+
+def from_dense(z: Float[Array, "*n f"], k: int) -> SparseCode:
+    """The k largest positive entries of dense activations [..., f], as a code.
+
+    Raises:
+      ValueError: k does not lie in 1..f.
+    """
+    if not 0 < k <= z.shape[-1]:
+        raise ValueError(f"k = {k} does not lie in 1..{z.shape[-1]}, the width of z")
+    values, indices = jax.lax.top_k(z, k)
+    return SparseCode(jnp.maximum(values, 0), indices)
+
+
+def _check_width(name: str, x: jax.Array, expected: int, what: str) -> None:
+    if x.ndim == 0 or x.shape[-1] != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its last axis must be {what} = {expected} of the SAE")
