@@ -1,0 +1,28 @@
+"""sparse_decode: the weighted sum of the decoder rows that a code names.
+
+    x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]]
+"""
+
+from jaxtyping import Array, Float, Int
+
+from qscope_kernels.dispatch import pick
+from qscope_kernels.sparse_decode import ref, xla
+
+_IMPLEMENTATIONS = {"ref": ref.sparse_decode, "xla": xla.sparse_decode}
+
+
+def sparse_decode(
+    values: Float[Array, "*n k"], indices: Int[Array, "*n k"], w_dec: Float[Array, "f d"], *, impl: str | None = None
+) -> Float[Array, "*n d"]:
+    """Sum over the k slots of value times decoder row, accumulated in float32 [..., d].
+
+    A slot whose value is 0 adds nothing, whatever its index (an index beyond the latents included).
+
+    Raises:
+      ValueError: `values` and `indices` differ in shape, or `impl` is unknown.
+    """
+    if values.shape != indices.shape:
+        raise ValueError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape")
+    k = values.shape[-1]
+    out = pick("sparse_decode", _IMPLEMENTATIONS, impl)(values.reshape(-1, k), indices.reshape(-1, k), w_dec)
+    return out.reshape(*values.shape[:-1], w_dec.shape[1])

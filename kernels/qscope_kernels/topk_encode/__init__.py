@@ -1,0 +1,42 @@
+"""topk_encode: the k largest positive pre-activations of a TopK SAE.
+
+    values, indices = relu(topk_k(x @ w_enc + b_enc)),    sorted by value, descending
+"""
+
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from qscope_kernels.dispatch import pick
+from qscope_kernels.topk_encode import ref, xla
+
+_IMPLEMENTATIONS = {"ref": ref.topk_encode, "xla": xla.topk_encode}
+
+
+def topk_encode(
+    x: Float[Array, "*n d"],
+    w_enc: Float[Array, "d f"],
+    b_enc: Float[Array, "f"],
+    *,
+    k: int,
+    contract: Literal["exact", "fast"] = "exact",
+    impl: str | None = None,
+) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
+    """The k largest positive entries of x @ w_enc + b_enc, as float32 values and int32 indices.
+
+    Pre-activations are accumulated in float32: float32 inputs at full precision, others in their own products. Both
+    contracts order by them exactly here ("fast" allows a rounded key); ties go to the lowest index. Where fewer than k
+    are positive, the remaining values are 0 and their indices mean nothing. A NaN pre-activation ranks above all.
+
+    Raises:
+      ValueError: k is not in 1..f, or `contract` or `impl` is unknown.
+    """
+    if not 0 < k <= w_enc.shape[1]:
+        raise ValueError(f"k = {k} does not lie in 1..{w_enc.shape[1]}, the number of latents")
+    if contract not in ("exact", "fast"):
+        raise ValueError(f"contract = {contract!r}; expected 'exact' or 'fast'")
+    flat = x.reshape(-1, x.shape[-1])
+    values, indices = pick("topk_encode", _IMPLEMENTATIONS, impl)(flat, w_enc, b_enc, k=k)
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
+
