@@ -1,0 +1,104 @@
+"""What every command shares: manifests, signals, progress."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run, duration, hash_files, plain
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path = Path("somewhere")
+    layers: tuple[int, ...] = (0, 5)
+    nested: dict = field(default_factory=lambda: {"rate": np.float32(0.5)})
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_manifest_says_what_ran_with_what_and_how_it_ended(tmp_path):
+    with Run("extract", Settings(), tmp_path) as run:
+        assert manifest(tmp_path)["state"] == "running"
+        run.record(counts={"rows": np.int64(3)})
+        run.record(counts={"tokens": 40})
+    found = manifest(tmp_path)
+    assert found["state"] == "complete"
+    assert found["config"] == {"out": "somewhere", "layers": [0, 5], "nested": {"rate": 0.5}}
+    assert found["counts"] == {"rows": 3, "tokens": 40}
+    assert found["versions"]["jax"]
+    assert found["timings"]["seconds"] >= 0
+
+
+def test_a_failed_run_says_why(tmp_path):
+    with pytest.raises(ValueError, match="broken"), Run("extract", Settings(), tmp_path):
+        raise ValueError("broken input")
+    assert manifest(tmp_path)["state"] == "failed"
+    assert "broken input" in manifest(tmp_path)["reason"]
+
+
+def test_a_signal_asks_once_and_the_old_handlers_come_back(tmp_path):
+    def work():
+        with Run("extract", Settings(), tmp_path) as run:
+            assert not run.stopping
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.stopping
+            raise run.interrupted("2 of 3 parts are saved")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        work()
+    assert stop.value.code == EXIT_INTERRUPTED
+    assert manifest(tmp_path)["state"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from qscope_jax.jobs.run import Run
+        with Run("extract", {}, sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here")
+    """)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM
+    assert "still here" not in done.stdout
+
+
+def test_progress_lines_give_share_rates_and_count_earlier_work(tmp_path, capsys):
+    with Run("extract", Settings(), tmp_path, total=100) as run:
+        run.progress(rows=0, tokens=0, already=60)
+        run.progress(rows=20, tokens=400)
+    line = capsys.readouterr().err
+    assert "80 of 100 rows (80%)" in line
+    assert "rows/s" in line
+    assert "tokens/s" in line
+    assert "left" in line
+
+
+def test_hashes_know_the_blobs_of_the_hub_cache(tmp_path):
+    (tmp_path / "plain.bin").write_bytes(b"abc")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / ("0" * 64)).write_bytes(b"named by its hash")
+    (tmp_path / "linked.bin").symlink_to(tmp_path / "blobs" / ("0" * 64))
+    assert hash_files([tmp_path / "plain.bin", tmp_path / "linked.bin"]) == {
+        "linked.bin": "0" * 64,
+        "plain.bin": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
+
+
+def test_durations_and_plain_values_read_well():
+    assert duration(75) == "1:15"
+    assert duration(3675) == "1:01:15"
+    assert plain({"a": (1, np.float64(2.5), Path("x"))}) == {"a": [1, 2.5, "x"]}
