@@ -32,7 +32,7 @@ class UnsafeNameError(SourceError, ValueError):
 
 
 def checked_name(name: str) -> str:
-    """Returns `name` as a relative POSIX path; refuses one that leaves the folder (names come from other people's JSON).
+    """Returns `name` as a relative POSIX path; refuses one that leaves its folder (other people's JSON holds them).
 
     Raises:
         UnsafeNameError: for an empty or absolute name, and one that holds `..`, a backslash, a drive letter or NUL.

@@ -1,0 +1,200 @@
+"""`qscope COMMAND ...`: one command per module of `qscope_jax.jobs`, imported only when it is called.
+
+A recipe (`--config FILE.toml`) is turned into arguments that stand before the user's own: one parser checks the names
+and types of both, and what is typed wins.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import tomllib
+import traceback
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("qscope_jax.jobs.demo", "see the embedded model's features in two minutes; nothing is downloaded"),
+    "extract": ("qscope_jax.jobs.extract", "text in, sparse features out, per document or per token"),
+    "info": ("qscope_jax.jobs.info", "what is known of a model or SAE; without one, the released sets"),
+    "convert": ("qscope_jax.jobs.convert", "SAE files between native, Qwen-Scope and SAELens layouts"),
+    "bench": ("qscope_jax.jobs.bench", "speed and memory as ratios within one run on this machine"),
+}
+EXIT_ERROR = 2
+EXIT_KEYBOARD = 130
+EXIT_PIPE = 141
+_SOURCES = ("source", "model", "sae")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0 done, 2 wrong input, others are a command's own)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or bool(os.environ.get("QSCOPE_TRACEBACK"))
+    arguments = [a for a in arguments if a != "--traceback"]
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python flushes once more at exit, so that flush must have somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except KeyboardInterrupt:
+        print("\nqscope: stopped by the keyboard", file=sys.stderr)
+        return EXIT_KEYBOARD
+    except (ValueError, OSError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        else:
+            name = f"qscope {arguments[0]}" if arguments and arguments[0] in COMMANDS else "qscope"
+            print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else EXIT_ERROR
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"qscope {version('qscope-jax')}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no command {command!r}{meant} Commands: {', '.join(COMMANDS)} (qscope --help)")
+    job = importlib.import_module(COMMANDS[command][0])
+    config = parse(job, command, rest)
+    _announce(config)
+    return job.run(config) or 0
+
+
+def usage() -> str:
+    """The list of commands, made without importing any of them."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qscope COMMAND [--config RECIPE.toml] [options]",
+            "",
+            *lines,
+            "",
+            "qscope COMMAND --help lists its options. --traceback shows where an error arose (or QSCOPE_TRACEBACK=1).",
+            "A model or SAE is 'demo' (embedded), a folder, a file, owner/name[@revision] on the hub, gs://... or s3://...",
+        ]
+    )
+
+
+def parse(job: ModuleType, command: str, arguments: Sequence[str]) -> Any:
+    """The job's `Config` from recipes and arguments. Exits with code 2 after naming what is wrong, as argparse does."""
+    import tyro
+
+    recipes, typed = _split_recipes(arguments)
+    if not recipes:
+        return tyro.cli(job.Config, args=typed, prog=f"qscope {command}", description=job.__doc__)
+    ordered, flags = _positional(job.Config), list[str]()
+    given: dict[str, str] = {}
+    for recipe in recipes:
+        for name, value in recipe_arguments(recipe):
+            if name in ordered:
+                given[name] = value[0].partition("=")[2]
+            else:
+                flags += value
+    # Leading positionals go first: after a recipe's array they would be read as more of its values.
+    count = next((i for i, a in enumerate(typed) if a.startswith("-")), len(typed))
+    front = typed[:count] or _in_order(ordered, given)
+    try:
+        return tyro.cli(
+            job.Config, args=[*front, *flags, *typed[count:]], prog=f"qscope {command}", description=job.__doc__
+        )
+    except SystemExit as error:
+        if error.code:
+            print(f"Options that you did not type come from {', '.join(map(str, recipes))}.", file=sys.stderr)
+        raise
+
+
+def recipe_arguments(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A TOML file's keys with the arguments that mean the same: tables become dotted names, arrays several values.
+
+    Raises:
+        ValueError: not TOML (a key given twice is not), or a value that no argument can express.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        hint = " (is a key given twice?)" if "overwrite" in str(error) else ""
+        raise ValueError(f"{path} is not a TOML recipe: {error}{hint}") from error
+    yield from _flattened(path, content, "")
+
+
+def _flattened(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:
+    for key, value in table.items():
+        name = prefix + key.replace("-", "_")
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            yield from _flattened(path, value, f"{name}.")
+        elif isinstance(value, bool):
+            head, _, last = flag.removeprefix("--").rpartition(".")
+            yield name, [flag if value else f"--{head}{'.' if head else ''}no-{last}"]
+        elif isinstance(value, list):
+            if not all(isinstance(v, str | int | float) and not isinstance(v, bool) for v in value):
+                raise ValueError(f"{path}: {name} must be an array of strings or numbers, found {value!r}")
+            yield name, [flag, *map(str, value)]
+        elif isinstance(value, str | int | float):
+            yield name, [f"{flag}={value}"]
+        else:
+            raise ValueError(f"{path}: {name} is a {type(value).__name__}; write dates and times as strings")
+
+
+def _split_recipes(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    recipes: list[Path] = []
+    typed: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            name = next(rest, None)
+            if name is None:
+                raise ValueError("--config needs the name of a TOML file")
+            recipes.append(Path(name))
+        elif argument.startswith("--config="):
+            recipes.append(Path(argument.removeprefix("--config=")))
+        else:
+            typed.append(argument)
+    return recipes, typed
+
+
+def _positional(config: type) -> list[str]:
+    """Names of the fields that the command takes without a flag, in order."""
+    import tyro
+
+    hints = typing.get_type_hints(config, include_extras=True)
+    marker = typing.get_args(tyro.conf.Positional[int])[1]
+    return [f.name for f in dataclasses.fields(config) if marker in getattr(hints[f.name], "__metadata__", ())]
+
+
+def _in_order(ordered: list[str], given: dict[str, str]) -> list[str]:
+    missing = [name for name in ordered[: len(given)] if name not in given]
+    if missing:
+        raise ValueError(f"the recipe gives {', '.join(given)} but not {missing[0]}, which comes first")
+    return [given[name] for name in ordered if name in given]
+
+
+def _announce(config: Any) -> None:
+    """The first line of every command that runs on what is embedded says so; on stderr, since stdout may be data."""
+    used = [name for name in _SOURCES if getattr(config, name, None) == "demo"]
+    if used:
+        what = " and ".join({"source": "model", "model": "model", "sae": "SAE"}[name] for name in used)
+        print(
+            f"Using the embedded {what}: small, made by this project, to try things out.", file=sys.stderr, flush=True
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
