@@ -1,1 +1,1 @@
-"""Operations with a reference, a portable form and, where they pay, hand-written kernels. Imports nothing of qscope_jax."""
+"""Operations with a reference, a portable form and, where they pay, kernels. Imports nothing of qscope_jax."""

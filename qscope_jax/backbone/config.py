@@ -17,16 +17,21 @@ LayerKind = Literal["full"]
 
 # Keys that do not change the forward pass of a text model in inference or training.
 _INERT_KEYS = frozenset(
-    """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range
-    is_encoder_decoder label2id max_window_layers model_type output_attentions output_hidden_states pad_token_id
-    problem_type return_dict tie_word_embeddings torch_dtype transformers_version use_cache _name_or_path
-    attn_implementation sliding_window unk_token_id""".split()
-)
+    {
+        "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+        "id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_window_layers", "model_type",
+        "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
+        "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
+        "attn_implementation", "sliding_window", "unk_token_id"
+    }
+)  # fmt: skip
 _READ_KEYS = frozenset(
-    """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
-    rms_norm_eps max_position_embeddings rope_theta rope_scaling rope_parameters layer_types attention_bias hidden_act
-    use_sliding_window quantization_config""".split()
-)
+    {
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
+        "layer_types", "attention_bias", "hidden_act", "use_sliding_window", "quantization_config"
+    }
+)  # fmt: skip
 
 
 class ConfigError(ValueError):

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.layers import Block, BlockContext, RMSNorm, rope_tables
+from qscope_jax.backbone.layers import Block, BlockContext, rms_norm, rope_tables
 from qscope_jax.taps import Tap, TapContext, check_tap
 
 Params = dict[str, Any]
@@ -95,7 +96,7 @@ def forward(
     h, captured, outs = _run_layers(params["period"], config, h, ctx, tap_ctx, tap, capture, depth, remat)
     if stop_after is not None:
         return ForwardOutput(None, None, captured, outs)
-    hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, h)
+    hidden = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
     head = params["embed"] if config.tie_word_embeddings else params["head"]
     return ForwardOutput(_logits(hidden, head, tap_ctx.mask, config, logits), hidden, captured, outs)
 
@@ -106,8 +107,6 @@ def check_tokens(tokens, config: ModelConfig) -> None:
     Raises:
       ValueError: the first such id and the size of the vocabulary.
     """
-    import numpy as np
-
     tokens = np.asarray(tokens)
     wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
     if wrong.size:

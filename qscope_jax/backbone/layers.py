@@ -28,17 +28,21 @@ class BlockContext(NamedTuple):
     segment_ids: Int[Array, "b t"]
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """scale * x / rms(x); statistics in float32, cast back before the weight product as Qwen3 does."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return scale * normed.astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """w * x / rms(x); statistics in float32, cast back before the weight product as Qwen3 does."""
+    """`rms_norm` over the last axis with its weight."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return scale * normed.astype(x.dtype)
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
 class FullAttention(nn.Module):
@@ -99,8 +103,7 @@ def rope_tables(positions: Int[Array, "b t"], config: ModelConfig, dtype) -> tup
     The frequencies are made on the host in float64: one float32 ulp there is 2.5e-4 in cos at position 32,767.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = np.float32(np.float64(config.rope_theta) ** exponents.astype(np.float64))
-    inverse = (1.0 / powers.astype(np.float64)).astype(np.float32)
+    inverse = (1 / np.power(config.rope_theta, exponents.astype(np.float64))).astype(np.float32)
     angles = positions.astype(jnp.float32)[..., None] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
@@ -132,9 +135,9 @@ def attend(q, key, value, ctx: BlockContext, config: ModelConfig) -> Float[Array
 
 
 def _attend_rows(q, key, value, rows, ctx: BlockContext, config: ModelConfig):
-    scores = jnp.einsum(
-        "btkgc,bskc->bkgts", q, key, precision=config.precision, preferred_element_type=jnp.float32
-    ) * (config.head_dim**-0.5)
+    scores = jnp.einsum("btkgc,bskc->bkgts", q, key, precision=config.precision, preferred_element_type=jnp.float32) * (
+        config.head_dim**-0.5
+    )
     columns = jnp.arange(key.shape[1])
     visible = (ctx.segment_ids[:, rows, None] == ctx.segment_ids[:, None, :]) & ctx.mask[:, None, :]
     visible &= columns <= rows[:, None]

@@ -66,7 +66,7 @@ class SparseCode(NamedTuple):
 
 
 def init_sae(key: jax.Array, config: SaeConfig, *, dtype=jnp.float32) -> Sae:
-    """Draws unit-norm decoder rows and ties the encoder to them, the start that keeps latents alive (Gao et al. 2024, §A.1)."""
+    """Draws unit-norm decoder rows and ties the encoder to them, which keeps latents alive (Gao et al. 2024, §A.1)."""
     w_dec = jax.random.normal(key, (config.d_sae, config.d_model), jnp.float32)
     w_dec = (w_dec / jnp.linalg.norm(w_dec, axis=-1, keepdims=True)).astype(dtype)
     b_enc, b_dec = jnp.zeros(config.d_sae, dtype), jnp.zeros(config.d_model, dtype)

@@ -1,6 +1,6 @@
 """sparse_decode: the weighted sum of the decoder rows that a code names.
 
-    x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]]
+x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]]
 """
 
 from jaxtyping import Array, Float, Int

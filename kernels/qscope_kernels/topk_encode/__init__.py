@@ -1,6 +1,6 @@
 """topk_encode: the k largest positive pre-activations of a TopK SAE.
 
-    values, indices = relu(topk_k(x @ w_enc + b_enc)),    sorted by value, descending
+values, indices = relu(topk_k(x @ w_enc + b_enc)),    sorted by value, descending
 """
 
 from typing import Literal
@@ -39,4 +39,3 @@ def topk_encode(
     values, indices = pick("topk_encode", _IMPLEMENTATIONS, impl)(flat, w_enc, b_enc, k=k)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
-
