@@ -116,7 +116,7 @@ def check_tokens(tokens, config: ModelConfig) -> None:
         )
 
 
-def _run_layers(period, config, h, ctx, tap_ctx, tap, capture, depth, remat):
+def _run_layers(period, config, h, ctx, tap_ctx, tap, capture, depth, remat) -> tuple[Any, Any, Any]:
     """Scans over whole periods, then runs what `depth` leaves of the last one."""
     p = len(config.period)
     whole, rest = divmod(depth, p)

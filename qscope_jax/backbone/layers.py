@@ -100,10 +100,12 @@ class Block(nn.Module):
 def rope_tables(positions: Int[Array, "b t"], config: ModelConfig, dtype) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [b, t, c] of the rotary angles, computed in float32.
 
-    The frequencies are made on the host in float64: one float32 ulp there is 2.5e-4 in cos at position 32,767.
+    The frequencies are made on the host and rounded where PyTorch rounds: one float32 ulp in them is 2.5e-4 in the
+    cosine at position 32,767.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    inverse = (1 / np.power(config.rope_theta, exponents.astype(np.float64))).astype(np.float32)
+    powers = np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1) / powers
     angles = positions.astype(jnp.float32)[..., None] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
