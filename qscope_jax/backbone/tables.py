@@ -4,7 +4,7 @@ Loading, saving, checking (and later sharding) all read this table; nothing else
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,3 +96,10 @@ def from_stored(array, inputs: int, shape: tuple[int, ...]):
 def to_stored(array: np.ndarray, inputs: int) -> np.ndarray:
     """The inverse of `from_stored`, a view where NumPy can make one."""
     return array.reshape(math.prod(array.shape[:inputs]), -1).T if inputs else array
+
+
+def leaf_of(params: Any, tensor: Tensor):
+    """The part of the parameter tree that holds this tensor."""
+    for key in tensor.leaf:
+        params = params[key]
+    return params if tensor.period is None else params[tensor.period]

@@ -6,6 +6,7 @@ the host. Whatever does not fit (unknown, missing, duplicate, misshapen) is repo
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from qscope_jax.backbone.config import ModelConfig, Precision, read_config
 from qscope_jax.backbone.forward import Params
-from qscope_jax.backbone.tables import HEAD, Tensor, checkpoint_tensors, from_stored, to_stored
+from qscope_jax.backbone.tables import HEAD, Tensor, checkpoint_tensors, from_stored, leaf_of, to_stored
 from qscope_jax.files.atomic import write_json
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import TensorFile, open_tensors, write_tensors
@@ -84,7 +85,7 @@ def save_backbone(backbone: Backbone, folder: str | Path, *, shard_bytes: int = 
         name = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / name, _Stored(params, shard), {"format": "pt"})
         weight_map |= {tensor.name: name for tensor in shard}
-        total += sum(_leaf_bytes(params, tensor) for tensor in shard)
+        total += sum(_nbytes(params, tensor) for tensor in shard)
     if len(shards) > 1:
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", config.to_hf() | {"dtype": str(params["embed"].dtype)})
@@ -206,8 +207,7 @@ class _Stored(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
-        leaf = _parent(self._params, tensor.leaf)[tensor.leaf[-1]]
-        return to_stored(np.asarray(leaf if tensor.period is None else leaf[tensor.period]), tensor.row.inputs)
+        return to_stored(np.asarray(leaf_of(self._params, tensor)), tensor.row.inputs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -216,16 +216,15 @@ class _Stored(Mapping):
         return len(self._tensors)
 
 
-def _leaf_bytes(params: Params, tensor: Tensor) -> int:
-    leaf = _parent(params, tensor.leaf)[tensor.leaf[-1]]
-    return leaf.nbytes if tensor.period is None else leaf.nbytes // leaf.shape[0]
+def _nbytes(params: Params, tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * _parent(params, tensor.leaf)[tensor.leaf[-1]].dtype.itemsize
 
 
 def _shards(tensors: list[Tensor], params: Params, limit: int) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        nbytes = _leaf_bytes(params, tensor)
+        nbytes = _nbytes(params, tensor)
         if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0

@@ -1,0 +1,67 @@
+"""Qwen-Scope for JAX: Qwen backbones, TopK sparse autoencoders and the tools built on them.
+
+The public names are here; each is imported when it is first used, so that `qscope --help` does not wait for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qscope_jax.backbone.config import ModelConfig as ModelConfig
+    from qscope_jax.backbone.forward import ForwardOutput as ForwardOutput
+    from qscope_jax.backbone.forward import forward as forward
+    from qscope_jax.backbone.forward import init_params as init_params
+    from qscope_jax.backbone.weights import Backbone as Backbone
+    from qscope_jax.backbone.weights import load_backbone as load_backbone
+    from qscope_jax.backbone.weights import save_backbone as save_backbone
+    from qscope_jax.data.store import FeatureStore as FeatureStore
+    from qscope_jax.data.tokenizer import load_tokenizer as load_tokenizer
+    from qscope_jax.sae.formats import load_sae as load_sae
+    from qscope_jax.sae.formats import load_saes as load_saes
+    from qscope_jax.sae.formats import save_sae as save_sae
+    from qscope_jax.sae.model import Sae as Sae
+    from qscope_jax.sae.model import SaeConfig as SaeConfig
+    from qscope_jax.sae.model import SaeParams as SaeParams
+    from qscope_jax.sae.model import SparseCode as SparseCode
+    from qscope_jax.sae.model import decode as decode
+    from qscope_jax.sae.model import encode as encode
+    from qscope_jax.sae.model import from_dense as from_dense
+    from qscope_jax.sae.model import init_sae as init_sae
+    from qscope_jax.sae.model import to_dense as to_dense
+    from qscope_jax.taps import Tap as Tap
+    from qscope_jax.taps import chain as chain
+
+_MODULES = {
+    "backbone.config": ("ModelConfig",),
+    "backbone.forward": ("ForwardOutput", "forward", "init_params"),
+    "backbone.weights": ("Backbone", "load_backbone", "save_backbone"),
+    "data.store": ("FeatureStore",),
+    "data.tokenizer": ("load_tokenizer",),
+    "sae.formats": ("load_sae", "load_saes", "save_sae"),
+    "sae.model": (
+        "Sae",
+        "SaeConfig",
+        "SaeParams",
+        "SparseCode",
+        "decode",
+        "encode",
+        "from_dense",
+        "init_sae",
+        "to_dense",
+    ),
+    "taps": ("Tap", "chain"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
