@@ -1,4 +1,4 @@
-"""Forward of a Qwen3-1.7B-shaped model (4 layers, batch 2 x 256, float32, no logits) against transformers' base model."""
+"""Forward of a Qwen3-1.7B-shaped model (4 layers, batch 2 x 256, float32, no logits) against transformers'."""
 
 import os
 from typing import Any

@@ -17,8 +17,7 @@ from qscope_jax.benchmarks.shapes import qwen3_1p7b
 # Samples RssAnon while the load runs, after importing and starting jax; file pages are the kernel's to drop.
 _CHILD = """
 import json, sys, threading, time
-import jax, jax.numpy as jnp
-from qscope_jax import load_backbone, load_sae
+import jax, jax.numpy as jnp, qscope_jax
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -29,9 +28,9 @@ def watch():
     while not done.is_set():
         peak = max(peak, anonymous())
         time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch, daemon=True); thread.start()
 kind, path, dtype = sys.argv[1:]
-loaded = load_backbone(path, dtype=dtype) if kind == "backbone" else load_sae(path, dtype=dtype)
+loaded = getattr(qscope_jax, "load_" + kind)(path, dtype=dtype)
 jax.block_until_ready(loaded.params); done.set(); thread.join()
 size = sum(a.nbytes for a in jax.tree.leaves(loaded.params))
 print(json.dumps({"arrays_bytes": size, "peak_bytes": peak - base, "ratio": (peak - base) / size}))

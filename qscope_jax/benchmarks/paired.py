@@ -3,6 +3,7 @@
 The spread of A against A, from the same run, says how fine a difference the ratio can show.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def paired(a: Callable[[], Any], b: Callable[[], Any], *, rounds: int = 20) -> d
             taken.append(time.perf_counter() - start)
     of_a, of_b = times
     low, ratio, high = statistics.quantiles([y / x for x, y in zip(of_a, of_b, strict=True)], n=4)
-    first, _, third = statistics.quantiles([x / y for x, y in zip(of_a, of_a[1:], strict=False)], n=4)
+    first, _, third = statistics.quantiles([x / y for x, y in itertools.pairwise(of_a)], n=4)
     return {
         "ratio": ratio,
         "ratio_low": low,
