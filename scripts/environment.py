@@ -1,7 +1,7 @@
 """Questions about a Python environment for `bootstrap.sh`; standard library only, since nothing is installed yet.
 
-python environment.py missing PYPROJECT [EXTRA ...]   prints what this interpreter lacks of the project's requirements
-python environment.py reach                           says on stderr why pip finds no package, within `_PATIENCE` seconds
+python environment.py missing PYPROJECT [EXTRA ...]   prints which requirements this interpreter lacks
+python environment.py reach                           says on stderr why pip finds no packages, within `_PATIENCE`
 """
 
 import importlib.metadata

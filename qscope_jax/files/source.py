@@ -107,7 +107,7 @@ def resolve(spec: str | os.PathLike[str], *, what: What) -> Source:
         if "://" in text and not text.startswith("file://"):
             return _from_remote(text)
     path = Path(text.removeprefix("file://")).expanduser()
-    if path.exists():
+    if text and path.exists():
         return _from_path(text, path)
     if not isinstance(spec, str) or _meant_as_path(text):
         raise SourceNotFoundError(_no_such_path(text, path, what))
