@@ -98,14 +98,18 @@ def parse(job: ModuleType, command: str, arguments: Sequence[str]) -> Any:
     recipes, typed = _split_recipes(arguments)
     if not recipes:
         return tyro.cli(job.Config, args=typed, prog=f"qscope {command}", description=job.__doc__)
-    ordered, flags = _positional(job.Config), list[str]()
-    given: dict[str, str] = {}
+    fields = dict(_fields(job.Config))
+    ordered = [name for name, (_, positional) in fields.items() if positional]
+    flags, given = list[str](), dict[str, str]()
     for recipe in recipes:
-        for name, value in recipe_arguments(recipe):
+        for name, value in read_recipe(recipe):
+            kind = fields[name][0] if name in fields else None
+            if isinstance(value, bool) != (kind is bool) and kind is not None:  # the parser would take it for a switch
+                raise ValueError(f"{recipe}: {name} = {value!r}: expected {getattr(kind, '__name__', kind)}")
             if name in ordered:
-                given[name] = value[0].partition("=")[2]
+                given[name] = str(value)
             else:
-                flags += value
+                flags += _as_arguments(name, value)
     # Leading positionals go first: after a recipe's array they would be read as more of its values.
     count = next((i for i, a in enumerate(typed) if a.startswith("-")), len(typed))
     front = typed[:count] or _in_order(ordered, given)
@@ -119,8 +123,8 @@ def parse(job: ModuleType, command: str, arguments: Sequence[str]) -> Any:
         raise
 
 
-def recipe_arguments(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A TOML file's keys with the arguments that mean the same: tables become dotted names, arrays several values.
+def read_recipe(path: Path) -> Iterator[tuple[str, Any]]:
+    """A TOML file's keys, tables as dotted names, with their values: booleans, numbers, strings and arrays of them.
 
     Raises:
         ValueError: not TOML (a key given twice is not), or a value that no argument can express.
@@ -134,23 +138,26 @@ def recipe_arguments(path: Path) -> Iterator[tuple[str, list[str]]]:
     yield from _flattened(path, content, "")
 
 
-def _flattened(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[str]]]:
+def _flattened(path: Path, table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         name = prefix + key.replace("-", "_")
-        flag = f"--{name.replace('_', '-')}"
+        values = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             yield from _flattened(path, value, f"{name}.")
-        elif isinstance(value, bool):
-            head, _, last = flag.removeprefix("--").rpartition(".")
-            yield name, [flag if value else f"--{head}{'.' if head else ''}no-{last}"]
-        elif isinstance(value, list):
-            if not all(isinstance(v, str | int | float) and not isinstance(v, bool) for v in value):
-                raise ValueError(f"{path}: {name} must be an array of strings or numbers, found {value!r}")
-            yield name, [flag, *map(str, value)]
-        elif isinstance(value, str | int | float):
-            yield name, [f"{flag}={value}"]
+        elif not all(isinstance(v, str | int | float) for v in values):
+            raise ValueError(f"{path}: {name} must be a string, a number, true or false, or an array of such")
         else:
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}; write dates and times as strings")
+            yield name, value
+
+
+def _as_arguments(name: str, value: Any) -> list[str]:
+    head, _, last = name.replace("_", "-").rpartition(".")
+    head = f"--{head}." if head else "--"
+    if isinstance(value, bool):
+        return [head + last if value else f"{head}no-{last}"]
+    if isinstance(value, list):
+        return [head + last, *map(str, value)]
+    return [f"{head}{last}={value}"]
 
 
 def _split_recipes(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -170,13 +177,18 @@ def _split_recipes(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return recipes, typed
 
 
-def _positional(config: type) -> list[str]:
-    """Names of the fields that the command takes without a flag, in order."""
+def _fields(config: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, bool]]]:
+    """Dotted names of the fields with their types, and whether the command takes them without a flag; in order."""
     import tyro
 
-    hints = typing.get_type_hints(config, include_extras=True)
     marker = typing.get_args(tyro.conf.Positional[int])[1]
-    return [f.name for f in dataclasses.fields(config) if marker in getattr(hints[f.name], "__metadata__", ())]
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        positional = marker in getattr(hint, "__metadata__", ())
+        plain = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            yield from _fields(plain, f"{prefix}{name}.")
+        else:
+            yield prefix + name, (plain, positional)
 
 
 def _in_order(ordered: list[str], given: dict[str, str]) -> list[str]:
