@@ -146,7 +146,7 @@ def write_tensors(
         with open(temporary, "wb") as file:
             file.write(header)
             for name in order:
-                for chunk in _chunks(np.asarray(arrays[name])):
+                for chunk in byte_chunks(np.asarray(arrays[name])):
                     file.write(chunk.data)
         _check_written(path, temporary, arrays, dict(metadata or {}))
 
@@ -178,7 +178,7 @@ def _little(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype
 
 
-def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+def byte_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     """The bytes of an array in C order and little-endian, in pieces of about 16 MiB."""
     flat = array.reshape(-1) if array.flags.c_contiguous else array
     step = max(1, _CHUNK * len(flat) // max(flat.nbytes, 1))
@@ -191,16 +191,17 @@ def _check_written(path: Path, temporary: Path, arrays: Mapping[str, Any], metad
     written = open_tensors(temporary)
     same = written.metadata == metadata and set(written.names) == set(arrays)
     for name in arrays if same else ():
-        given, found = np.asarray(arrays[name]), written.array(name)
-        same = same and found.shape == given.shape and found.dtype == _little(given.dtype)
-        same = same and _same_bytes(given, found)
+        same = same and same_bytes(np.asarray(arrays[name]), written.array(name))
     if not same:
         raise OSError(f"{path}: the bytes read back differ from those written; check the disk. Nothing was replaced")
 
 
-def _same_bytes(given: np.ndarray, found: np.ndarray) -> bool:
+def same_bytes(given: np.ndarray, found: np.ndarray) -> bool:
+    """True if `found`, C-contiguous, holds exactly the shape, dtype and bits of `given`, whatever layout that has."""
+    if found.shape != given.shape or found.dtype != _little(given.dtype):
+        return False
     data, end = found.reshape(-1).view(np.uint8), 0
-    for chunk in _chunks(given):
+    for chunk in byte_chunks(given):
         start, end = end, end + len(chunk)
         if not np.array_equal(data[start:end], chunk):
             return False
