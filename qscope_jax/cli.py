@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import qscope_jax
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("qscope_jax.jobs.demo", "see the embedded model's features in two minutes; nothing is downloaded"),
     "extract": ("qscope_jax.jobs.extract", "text in, sparse features out, per document or per token"),
@@ -60,9 +62,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(usage(), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else EXIT_ERROR
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"qscope {version('qscope-jax')}")
+        print(f"qscope {qscope_jax.__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
@@ -100,14 +100,14 @@ def parse(job: ModuleType, command: str, arguments: Sequence[str]) -> Any:
         return tyro.cli(job.Config, args=typed, prog=f"qscope {command}", description=job.__doc__)
     fields = dict(_fields(job.Config))
     ordered = [name for name, (_, positional) in fields.items() if positional]
-    flags, given = list[str](), dict[str, str]()
+    flags, given = list[str](), dict[str, list[str]]()
     for recipe in recipes:
         for name, value in read_recipe(recipe):
             kind = fields[name][0] if name in fields else None
             if isinstance(value, bool) != (kind is bool) and kind is not None:  # the parser would take it for a switch
                 raise ValueError(f"{recipe}: {name} = {value!r}: expected {getattr(kind, '__name__', kind)}")
             if name in ordered:
-                given[name] = str(value)
+                given[name] = [str(v) for v in value] if isinstance(value, list) else [str(value)]
             else:
                 flags += _as_arguments(name, value)
     # Leading positionals go first: after a recipe's array they would be read as more of its values.
@@ -191,11 +191,11 @@ def _fields(config: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, bo
             yield prefix + name, (plain, positional)
 
 
-def _in_order(ordered: list[str], given: dict[str, str]) -> list[str]:
+def _in_order(ordered: list[str], given: dict[str, list[str]]) -> list[str]:
     missing = [name for name in ordered[: len(given)] if name not in given]
     if missing:
         raise ValueError(f"the recipe gives {', '.join(given)} but not {missing[0]}, which comes first")
-    return [given[name] for name in ordered if name in given]
+    return [value for name in ordered for value in given.get(name, ())]
 
 
 def _announce(config: Any) -> None:

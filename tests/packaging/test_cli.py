@@ -117,6 +117,19 @@ def test_positionals_and_recipes(job, recipe):
     assert {config.layers for config in job.seen} == {(3, 4)}
 
 
+def test_a_positional_of_several_values(job, recipe):
+    job.Config = dataclasses.make_dataclass(
+        "Config", [("data", tyro.conf.Positional[tuple[str, ...]]), ("top_k", int, 1)], frozen=True
+    )
+    path = recipe('data = ["a.jsonl", "b.jsonl"]\ntop_k = 3\n')
+    cli.main(["trial", "--config", path])
+    cli.main(["trial", "c.jsonl", "--config", path])
+    assert [(config.data, config.top_k) for config in job.seen] == [(("a.jsonl", "b.jsonl"), 3), (("c.jsonl",), 3)]
+    with pytest.raises(SystemExit):  # never a silent mixture of both
+        cli.main(["trial", "--config", path, "--top-k", "5", "c.jsonl"])
+    assert len(job.seen) == 2
+
+
 def test_later_recipes_win(job, recipe, tmp_path):
     first = recipe("top_k = 1\nstrength = 3\n")
     second = tmp_path / "second.toml"
