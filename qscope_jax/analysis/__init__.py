@@ -1,0 +1,1 @@
+"""Pure maths on sparse codes: no model, no files."""
