@@ -160,7 +160,10 @@ def _run_layers(period, config, h, ctx, tap_ctx, tap, capture, depth, remat) -> 
 
 
 def _at(tree, index):
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+    # Without the handling of negative indices the program is that of scan's own slices, so that XLA fuses both alike
+    # and a cut depth gives the bits of the full one.
+    at = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False)  # noqa: E731
+    return jax.tree.map(at, tree)
 
 
 def _contexts(tokens, mask, positions, segment_ids, config, dtype) -> tuple[BlockContext, TapContext]:

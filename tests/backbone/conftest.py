@@ -1,0 +1,100 @@
+"""A tiny random model for the backbone's tests, and what fidelity means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.backbone.forward import forward, init_params
+
+RAW = {
+    "model_type": "qwen3",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def raw():
+    """A config.json in the released dialect, to be changed by the test."""
+    return dict(RAW)
+
+
+@pytest.fixture(scope="session")
+def config():
+    return ModelConfig.from_hf(RAW)
+
+
+@pytest.fixture(scope="session")
+def make_params():
+    """Makes parameters of a config with every leaf random: no norm is one, attention is far from uniform."""
+
+    def make(config, seed=0):
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            if path[-1].key == "scale":
+                return jnp.asarray(rng.uniform(0.4, 1.6, leaf.shape), leaf.dtype)
+            scale = 1.0 if path[-1].key == "embed" else 1.5 * config.hidden_size**-0.5
+            return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def params(config, make_params):
+    return make_params(config)
+
+
+def relative_l2(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="session")
+def check_fidelity():
+    """Asserts that a float32 backbone computes what transformers did, at real positions: residuals, hidden, logits."""
+
+    def check(backbone, tokens, mask, oracle):
+        config, layers = backbone.config, tuple(range(backbone.config.num_layers))
+        run = jax.jit(forward, static_argnames=("capture", "stop_after", "logits"))
+        out = run(backbone.params, config, tokens, mask=mask, capture=layers)
+        for layer in layers:
+            error = relative_l2(out.captured[layer][mask], oracle["residuals"][layer][mask])
+            assert error < 1e-5, f"layer {layer}: relative L2 {error:.1e}"
+        assert relative_l2(out.hidden[mask], oracle["hidden"][mask]) < 1e-5
+        assert np.abs(np.asarray(out.logits)[mask] - oracle["logits"][mask]).max() < 3e-5
+        middle = config.num_layers // 2
+        cut = run(backbone.params, config, tokens, mask=mask, capture=(middle,), stop_after=middle)
+        np.testing.assert_array_equal(cut.captured[0], out.captured[middle])
+        return out
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def next_token_loss():
+    """The mean cross-entropy of the next token over pairs of real tokens."""
+
+    def loss(params, config, tokens, mask):
+        logits = forward(params, config, tokens, mask=mask).logits[:, :-1]
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+        pairs = mask[:, 1:] & mask[:, :-1]
+        return -jnp.sum(jnp.where(pairs, picked, 0)) / pairs.sum()
+
+    return loss
