@@ -4,6 +4,7 @@ Text of documents reaches the page only as JSON and the DOM only as text nodes, 
 """
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,8 @@ def write_page(path: str | Path, title: str, data: dict[str, Any]) -> None:
     folder = resources.files("qscope_jax.explorer")
     read = lambda name: folder.joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     parts = {"style": read("explorer.css"), "script": read("explorer.js"), "title": _escape(title), "data": _json(data)}
-    page = read("explorer.html")
-    for name, part in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", part, 1)
-    write_text(path, page)
+    # One pass: what is filled in is never searched for places to fill in.
+    write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], read("explorer.html")))
 
 
 def _escape(text: str) -> str:
