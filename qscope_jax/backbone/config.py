@@ -5,6 +5,7 @@ No constant has a default here: a missing one is an error, because a guessed one
 
 import difflib
 import json
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ class _Reader:
         kinds, eos = self._layer_types(layers), self._eos()
         if not self.faults and sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
             self.faults.append("num_attention_heads is not a multiple of num_key_value_heads")
+        if not self.faults and sizes["head_dim"] % 2:
+            self.faults.append(f"head_dim = {sizes['head_dim']} is odd; rotary embeddings turn pairs")
         if self.faults:
             raise ConfigError(f"{self.where}: " + "; ".join(self.faults))
         return ModelConfig(
@@ -174,8 +177,7 @@ class _Reader:
         if value is None:
             self.faults.append(f"{key} is missing")
             return None
-        good = isinstance(value, int | float) if kind is float else isinstance(value, int)
-        if isinstance(value, bool) or not good or value <= 0:
+        if not _is_positive(value, kind):
             self.faults.append(f"{key} = {value!r} is not a positive {kind.__name__}")
             return None
         return kind(value)
@@ -192,9 +194,10 @@ class _Reader:
         partial = (scaling or {}).get("partial_rotary_factor", 1.0)
         if partial != 1.0:
             self.faults.append(f"partial_rotary_factor = {partial!r} is not supported for qwen3 (expected 1.0)")
-        theta = rope.get("rope_theta") if rope is not None else self.raw.get("rope_theta")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-            self.faults.append("rope_theta is missing" if theta is None else f"rope_theta = {theta!r} is not positive")
+        theta: Any = rope.get("rope_theta") if rope is not None else self.raw.get("rope_theta")
+        if not _is_positive(theta, float):
+            said = "is missing" if theta is None else f"= {theta!r} is not a positive float"
+            self.faults.append(f"rope_theta {said}")
             return None
         return float(theta)
 
@@ -208,6 +211,9 @@ class _Reader:
         given = self.raw.get("layer_types")
         if given is None:
             return ("full",) * (layers or 0)
+        if not isinstance(given, list):
+            self.faults.append(f"layer_types = {given!r} is not a list")
+            return ()
         unknown = sorted({str(kind) for kind in given} - {"full_attention"})
         if unknown:
             self.faults.append(f"layer_types {unknown} are not supported for qwen3 (expected 'full_attention')")
@@ -222,6 +228,12 @@ class _Reader:
             self.faults.append(f"eos_token_id = {eos!r} is not an id or a list of ids")
             return ()
         return tuple(ids)
+
+
+def _is_positive(value: Any, kind: type) -> bool:
+    """True for a finite positive number of this kind; JSON's readers accept NaN and Infinity."""
+    good = isinstance(value, int | float) if kind is float else isinstance(value, int)
+    return good and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 # config.json key -> field
