@@ -36,7 +36,8 @@ def test_the_page_holds_its_data_unchanged_and_fetches_nothing(tmp_path):
     write_page(tmp_path / "index.html", "Title", data)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    assert found and json.loads(found[1]) == data
+    assert found
+    assert json.loads(found[1]) == data
     assert not re.search(r"(src|href)\s*=|https?://|@import|\{\{", page)
     assert page.count("<h1>Title</h1>") == page.count("<title>Title</title>") == 1
     assert "default-src 'none'" in page
