@@ -36,7 +36,7 @@ qs_make_venv() {
     command -v "$python" >/dev/null 2>&1 || continue
     if ! qs_suitable "$python"; then
       why="$why
-  $python is $("$python" --version 2>&1 | head -n 1)"
+  $python is $({ "$python" --version 2>&1 || true; } | head -n 1)"
     elif ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
       why="$why
   $python has no module venv or ensurepip (on Debian and Ubuntu: apt install python3-venv)"

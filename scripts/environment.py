@@ -37,10 +37,10 @@ def missing(pyproject: Path, extras: list[str]) -> Iterator[str]:
         try:
             found = importlib.metadata.distribution(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            yield str(wanted)
+            yield f"{wanted.name}{wanted.specifier}"
             continue
         if direct and not wanted.specifier.contains(found.version, prereleases=True):
-            yield f"{wanted} (has {found.version})"
+            yield f"{wanted.name}{wanted.specifier} (has {found.version})"
         key = f"{wanted.name.lower()}{sorted(wanted.extras)}"
         if key in seen:
             continue
