@@ -5,6 +5,7 @@ before a byte of weights is read. A new format is a module with `read` and `writ
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.sae.formats import native, qwen_scope, saelens
-from qscope_jax.sae.formats.facts import Facts, facts_of_name, settle
+from qscope_jax.sae.formats.facts import Facts, facts_of_name, overruled, settle
 from qscope_jax.sae.formats.find import Format, SaeFile, choose, layer_file_name, sae_files
 from qscope_jax.sae.formats.matrices import StoredSae
 from qscope_jax.sae.formats.native import sae_sha256
@@ -72,20 +73,7 @@ def load_sae(
     """
     if mesh is not None:
         raise NotImplementedError("load_sae(mesh=...): sharded SAEs are not supported yet; load without a mesh")
-    kind = None if dtype is None else as_dtype(dtype)
-    opened = open_sae(source, layer)
-    config = settle(str(opened.path), opened.facts, k=k)
-    tensors = opened.stored._asdict()
-    arrays = {
-        name: place(
-            tensors[name],
-            kind or tensors[name].array.dtype,
-            where=f"{opened.path}: {name}",
-            allow_nonfinite=allow_nonfinite,
-        )
-        for name in SaeParams._fields
-    }
-    return Sae(SaeParams(**arrays), config)
+    return read_sae(open_sae(source, layer), k=k, dtype=dtype, allow_nonfinite=allow_nonfinite)
 
 
 def load_saes(
@@ -118,7 +106,7 @@ def open_sae(source: str | os.PathLike[str] | Source, layer: int | None = None) 
       FormatError, SourceError: see `load_sae`; disagreements are found by `settle`, not here.
     """
     if layer is not None and (isinstance(layer, bool) or layer < 0):
-        raise FormatError(f"layer {layer!r}: expected a 0-based layer number")
+        raise FormatError(f"layer {layer!r}: expected a layer number, counted from 0")
     source = source if isinstance(source, Source) else resolve(source, what="sae")
     file = choose(source, layer)
     if file.format == "saelens" and not source.file:
@@ -136,6 +124,22 @@ def open_sae(source: str | os.PathLike[str] | Source, layer: int | None = None) 
     if (name := parse_name(source.name) or parse_name(path.name)) is not None:
         facts.append(facts_of_name(name))
     return OpenSae(path, file, stored, tuple(facts))
+
+
+def read_sae(
+    opened: OpenSae, *, k: int | None = None, dtype: str | None = "float32", allow_nonfinite: bool = False
+) -> Sae:
+    """Reads the weights of an opened SAE once, checking them on the way; options and errors as for `load_sae`."""
+    kind = None if dtype is None else as_dtype(dtype)
+    config = settle(str(opened.path), opened.facts, k=k)
+    if k is not None and (others := overruled(opened.facts, k)):
+        warnings.warn(f"{opened.path}: using k = {k} as given; {others}", stacklevel=3)
+    arrays = {}
+    for name in SaeParams._fields:
+        stored = getattr(opened.stored, name)
+        where = f"{opened.path}: {name}"
+        arrays[name] = place(stored, kind or stored.array.dtype, where=where, allow_nonfinite=allow_nonfinite)
+    return Sae(SaeParams(**arrays), config)
 
 
 def save_sae(sae: Sae, path: str | os.PathLike[str], *, format: Format = "safetensors") -> Path:

@@ -4,7 +4,6 @@ A set's name, its config.json, a file's name, its metadata and its tensors each 
 another: where two differ, loading stops and both are named. Only an explicit k overrules, and says so.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,12 +37,12 @@ def facts_of_name(name: SetName) -> Facts:
 
 
 def settle(where: str, facts: Sequence[Facts], *, k: int | None = None) -> SaeConfig:
-    """The configuration that all facts agree on; an explicit `k` wins over theirs, with a warning.
+    """The configuration that all facts agree on; an explicit `k` wins over theirs (see `overruled`).
 
     Raises:
       FormatError: two places disagree, k is unknown or larger than d_sae, or the layer is out of range.
     """
-    said = _agreed(where, facts, "k") if k is None else _overruled(where, facts, k)
+    said = _agreed(where, facts, "k") if k is None else k
     d_model, d_sae = _agreed(where, facts, "d_model"), _agreed(where, facts, "d_sae")
     layer, layers = _agreed(where, facts, "layer"), _agreed(where, facts, "layers")
     if d_model is None or d_sae is None:
@@ -68,6 +67,13 @@ def settle(where: str, facts: Sequence[Facts], *, k: int | None = None) -> SaeCo
     )
 
 
+def overruled(facts: Sequence[Facts], k: int | None) -> str:
+    """What an explicit k overrules, in words; empty where nothing is."""
+    others = origins_of(facts, "k")
+    others.pop(k, None)
+    return "; ".join(f"it is {value} according to {' and '.join(origins)}" for value, origins in others.items())
+
+
 def origins_of(facts: Sequence[Facts], field: str) -> dict:
     """value -> the places that state it, in words."""
     found: dict = {}
@@ -87,15 +93,6 @@ def _agreed(where: str, facts: Sequence[Facts], field: str) -> int | None:
         )
         raise FormatError(f"{where}: {field} is {sides}; {remedy}")
     return next(iter(found), None)
-
-
-def _overruled(where: str, facts: Sequence[Facts], k: int) -> int:
-    others = {value: origins for value, origins in origins_of(facts, "k").items() if value != k}
-    for value, origins in others.items():
-        warnings.warn(
-            f"{where}: using k = {k} as given; it is {value} according to {' and '.join(origins)}", stacklevel=4
-        )
-    return k
 
 
 def _first(facts: Sequence[Facts], field: str):

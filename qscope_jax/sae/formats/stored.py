@@ -17,7 +17,7 @@ import numpy as np
 from qscope_jax.files.recognise import FormatError
 
 _ALIGNMENT = 64  # what JAX's CPU client asks of a buffer it adopts
-_CHUNK = 1 << 20  # stays in the cache between the check, the cast and the transposed write
+_CHUNK = 2 << 20  # stays in the cache between the check, the cast and the transposed write
 
 
 class Checksum(NamedTuple):

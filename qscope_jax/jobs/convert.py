@@ -1,0 +1,127 @@
+"""`qscope convert`: SAE files from one layout to another, one layer at a time.
+
+A file is there whole or not at all, and a rerun keeps what is complete. Storing fewer bits changes features: for every
+layer converted to another dtype the command prints what share of the active indices stays, and the FVU on both sides.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.run import Run
+from qscope_jax.sae.formats import FormatError, layers_of, open_sae, read_sae, sae_sha256, save_sae
+from qscope_jax.sae.formats.facts import settle
+from qscope_jax.sae.formats.find import layer_file_name
+from qscope_jax.sae.formats.json_file import read_json
+from qscope_jax.sae.model import SaeConfig
+from qscope_jax.sae.rounding import cast_sae, rounding_cost, synthetic_vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Convert SAE files between layouts."""
+
+    source: tyro.conf.Positional[str]
+    """SAEs: "demo" (embedded), a folder, a file, owner/name[@revision] on the hub, or a remote folder."""
+    to: Literal["safetensors", "qwen-scope", "saelens"]
+    """Layout to write: native safetensors, the release's layer{n}.sae.pt for torch, or SAELens folders."""
+    out: Path
+    """Folder of the results; SAELens folders appear in it as layer{n}/."""
+    layers: tuple[int, ...] = ()
+    """Layers to convert; all by default."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the written weights; by default as they are stored."""
+    k: int | None = None
+    """Active latents per token, where neither config.json nor the set's name says it, or against them."""
+    vectors: int = 256
+    """Number of synthetic vectors on which a change of dtype is judged."""
+    seed: int = 0
+    """Seed of these vectors."""
+
+
+def run(config: Config) -> None:
+    """Runs the command.
+
+    Raises:
+      ValueError, OSError: the source cannot be read, or --out holds other SAEs; no file is left half done.
+      Interrupted: SIGTERM or SIGINT came; every finished layer is kept.
+    """
+    if re.match(r"\w{2,}:/", str(config.out)):
+        raise ValueError(f"--out {config.out}: write to a local folder and upload it")
+    source = resolve(config.source, what="sae")
+    layers = config.layers or layers_of(source) or (None,)
+    earlier = _earlier(config.out)
+    with Run("convert", config, config.out, total=len(layers)) as job:
+        job.record(source={"name": source.name, "revision": source.revision})
+        if config.dtype:
+            print(f"What {config.dtype} costs is measured on {config.vectors} synthetic vectors (seed {config.seed}):")
+            print("sums of the SAE's own decoder rows, b_dec and noise, not text.")
+        for done, layer in enumerate(layers):
+            if job.stopping:
+                raise job.interrupted(f"{done} of {len(layers)} layers are converted")
+            name, facts, kept = _convert(config, source, layer)
+            facts = {**earlier.get(name, {}), **facts} if kept else facts
+            print(f"{name}: {_in_words(facts)}{', kept from an earlier run' if kept else ''}", flush=True)
+            job.record(layers={name: facts})
+            job.progress(layers=int(not kept), already=int(kept))
+
+
+def _convert(config: Config, source: Source, layer: int | None) -> tuple[str, dict[str, Any], bool]:
+    """Converts one layer, or finds it done: the name of the file, what the manifest says of it, and which it was."""
+    opened = open_sae(source, layer)
+    expected = settle(str(opened.path), opened.facts, k=config.k)
+    if expected.layer is None:
+        raise FormatError(f"{opened.path}: its layer is unknown; name the file layer{{n}}.sae.pt, or give --layers")
+    name = layer_file_name(config.to, expected.layer)
+    path = config.out / name
+    dtype = config.dtype or opened.stored.w_enc.array.dtype.name
+    if path.exists() and _is_complete(path, expected, dtype):
+        return name, {"dtype": dtype, "bytes": path.stat().st_size}, True
+    sae = read_sae(opened, k=config.k, dtype=None)
+    facts: dict[str, Any] = {"dtype": dtype}
+    if sae.params.w_enc.dtype.name != dtype:
+        rounded = cast_sae(sae, dtype)
+        x = synthetic_vectors(sae, jax.random.key(config.seed), config.vectors)
+        facts["cost"] = rounding_cost(sae, rounded, x)
+        sae = rounded
+    save_sae(sae, path.parent, format=config.to)
+    return name, {**facts, "bytes": path.stat().st_size, "sha256": sae_sha256(sae)}, False
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """What the manifest of an earlier run says of its layers, so that this run's says it too."""
+    try:
+        return read_json(out / "manifest.json").get("layers", {})
+    except (FileNotFoundError, FormatError):
+        return {}
+
+
+def _is_complete(path: Path, expected: SaeConfig, dtype: str) -> bool:
+    """Whether a file of an earlier run is what this one would write. Writing is atomic, so it is whole."""
+    try:
+        opened = open_sae(path)
+        found = settle(str(path), opened.facts)
+    except FileNotFoundError:  # a SAELens folder that was cut off before its cfg.json
+        return False
+    theirs = {**dataclasses.asdict(found), "dtype": opened.stored.w_enc.array.dtype.name}
+    ours = {**dataclasses.asdict(expected), "dtype": dtype}
+    different = [f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in ours if theirs[key] != ours[key]]
+    if different:
+        raise FormatError(f"{path} is there and has {', '.join(different)}; choose another --out or delete it")
+    return True
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    text = f"{facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"
+    if "cost" in facts:
+        cost = facts["cost"]
+        text += (
+            f"; {cost['index_agreement']:.3%} of the active indices agree, "
+            f"FVU {cost['fvu']:.4f} -> {cost['fvu_rounded']:.4f} (synthetic vectors)"
+        )
+    return text
