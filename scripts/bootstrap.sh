@@ -58,7 +58,7 @@ qs_install() {
     qs_fail "no environment here holds the packages, and pip finds no packages to install.
   Online, run again:    ./scripts/${QS_NAME##*/}
   From a folder:        PIP_NO_INDEX=1 PIP_FIND_LINKS=/folder/of/wheels ./scripts/${QS_NAME##*/}
-                        (filled where there is a network: pip download -d /folder/of/wheels setuptools '.[$extras]')
+                        (filled where there is a network: pip download -d /folder/of/wheels setuptools '.${extras:+[$extras]}')
   An environment that has them: activate it, or set QSCOPE_VENV to its folder, and run again.
 pip said: $told"
   fi
