@@ -1,4 +1,4 @@
-"""README's examples, run as written and in their order, in one empty folder: what a newcomer would see.
+"""README's examples, run as written, in their order, in one empty folder and one Python session, as a newcomer would.
 
 Every ```python block is one case; of every ```bash block, each command that starts with `qscope `. A line that starts
 with `printf ` or `echo ` makes an input for the lines after it. Other lines (installing, the hub) are not run.
@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,26 +57,46 @@ def test_the_page_has_its_five_examples():
     )
 
 
+class Reader:
+    """Someone who follows the page from the top: one folder, one Python session, and `qscope` on the PATH."""
+
+    def __init__(self, folder: Path, tools: Path):
+        self.folder, self.session, self.done = folder, {"__name__": "__main__"}, 0
+        # Stands for the console script where the package is only on the import path.
+        command = tools / "qscope"
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m qscope_jax.cli "$@"\n')
+        command.chmod(0o755)
+        self.environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
+    def follow(self, example: Example) -> None:
+        """Runs the page up to and including `example`, from where it was left."""
+        while self.done <= FOUND.index(example):
+            self.done += 1
+            self.run(FOUND[self.done - 1])
+
+    def run(self, example: Example) -> None:
+        if example.language == "python":
+            # Blank lines in front, so that a traceback names README's own line.
+            code = compile("\n" * (example.line - 1) + example.text, str(README), "exec")
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                exec(code, self.session)
+            return
+        command = ["bash", "-euo", "pipefail", "-c", example.text]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, (
+            f"README.md:{example.line}: {example.text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where the examples run, with a `qscope` on the PATH even where the package is only on the import path."""
-    tools = tmp_path_factory.mktemp("bin")
-    command = tools / "qscope"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m qscope_jax.cli "$@"\n')
-    command.chmod(0o755)
-    where = tmp_path_factory.mktemp("readme")
-    (where.parent / "readme-path").write_text(str(tools))
-    return where
+def reader(tmp_path_factory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("bin"))
 
 
 @pytest.mark.parametrize("example", FOUND, ids=lambda example: f"line-{example.line}")
-def test_readme_runs_as_written(example, folder):
-    tools = (folder.parent / "readme-path").read_text()
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, "-P", "-c", example.text]
-    if example.language == "bash":
-        command = ["bash", "-euo", "pipefail", "-c", example.text]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (
-        f"README.md:{example.line}\n{example.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    )
+def test_readme_runs_as_written(example, reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    reader.follow(example)

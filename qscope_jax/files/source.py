@@ -163,7 +163,5 @@ def _no_such_path(text: str, path: Path, what: What) -> str:
         message += (
             f" {text.split('/')[0]}/ is a folder here, so this was read as a path; for the hub write hf://{text}."
         )
-    return (
-        message
-        + f" {'An SAE' if what == 'sae' else 'A model'} is a folder, one file, owner/name on the hub, gs://..., s3://... or 'demo'."
-    )
+    kind = "An SAE" if what == "sae" else "A model"
+    return f"{message} {kind} is a folder, one file, owner/name on the hub, gs://..., s3://... or 'demo'."
