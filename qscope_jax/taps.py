@@ -7,7 +7,7 @@ strength, feature or layer never recompiles.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -34,23 +34,21 @@ class Tap:
     """A function of the residual stream and its data.
 
     Attributes:
-      per_layer: pytree whose leaves lead with the layer axis; the function sees one layer's slice.
-      shared: pytree that every layer sees whole.
       fn: `fn(h, per_layer_l, shared, ctx) -> (h, out_l)`, a module-level function or a frozen dataclass of such.
         Lambdas and `functools.partial` hash by identity and would recompile at every call.
+      per_layer: pytree whose leaves lead with the layer axis; the function sees one layer's slice.
+      shared: pytree that every layer sees whole.
+
+    Raises:
+      TypeError: `fn` is not hashable.
     """
 
-    per_layer: Any
-    shared: Any
-    fn: TapFn
-
-    def __init__(self, fn: TapFn, per_layer: Any = (), shared: Any = ()):
-        object.__setattr__(self, "fn", fn)
-        object.__setattr__(self, "per_layer", per_layer)
-        object.__setattr__(self, "shared", shared)
+    fn: TapFn = field(metadata={"static": True})
+    per_layer: Any = ()
+    shared: Any = ()
 
     def __post_init__(self):
-        hash(self.fn)
+        hash(self.fn)  # here the caller is in sight; under jit the error would name none of this
 
 
 @dataclass(frozen=True)
