@@ -90,8 +90,8 @@ def check_fidelity():
 def next_token_loss():
     """The mean cross-entropy of the next token over pairs of real tokens."""
 
-    def loss(params, config, tokens, mask):
-        logits = forward(params, config, tokens, mask=mask).logits[:, :-1]
+    def loss(params, config, tokens, mask, **options):
+        logits = forward(params, config, tokens, mask=mask, **options).logits[:, :-1]
         log_p = jax.nn.log_softmax(logits, axis=-1)
         picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
         pairs = mask[:, 1:] & mask[:, :-1]
