@@ -75,7 +75,7 @@ class Run:
         manifest: str = "manifest.json",
     ):
         self.command, self.out, self.total = command, None if out is None else Path(out), total
-        self._manifest_name = manifest
+        self.manifests = [manifest]  # file names; a job may add one before it ends
         self._facts: dict[str, Any] = {"command": command, "config": plain(config), "versions": versions()}
         self._started, self._stop, self._old_handlers = time.time(), threading.Event(), {}
         self._meter: _Meter | None = None
@@ -141,7 +141,8 @@ class Run:
         seconds = round(time.time() - self._started, 3)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         timings = {**self._facts.get("timings", {}), "started": when, "seconds": seconds}
-        write_json(self.out / self._manifest_name, {"state": state, **more, **self._facts, "timings": timings})
+        for name in self.manifests:
+            write_json(self.out / name, {"state": state, **more, **self._facts, "timings": timings})
 
 
 class _Meter:

@@ -1,0 +1,229 @@
+"""Text to features: one jitted step, and a loop that keeps the device busy while the host looks at results.
+
+step: tokens [b, t] -> forward to the last hook -> encode every layer's residual -> codes [b, t, k] per layer
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.backbone.forward import Params, forward
+from qscope_jax.backbone.weights import Backbone
+from qscope_jax.data.batches import Batch, Buckets, Segments, cut_documents, fill_batch, plan_batches
+from qscope_jax.sae.model import Contract, Sae, SaeConfig, SparseCode, encode
+
+SINK_TOKENS = 65_536  # how much of the input measures a sink threshold that the SAE does not bring along
+SINK_FACTOR = 10.0
+
+Key = TypeVar("Key")
+Tensor = jax.Array | np.ndarray
+
+
+class StepOutput(NamedTuple):
+    """Codes of every layer, [b, t, k] each, and residual norms [l, b, t]; meaningless where the mask is False."""
+
+    codes: tuple[SparseCode, ...]
+    norms: Float[Array, "l b t"]
+
+
+class HostCode(NamedTuple):
+    """A `SparseCode` in NumPy: `values` and `indices`, both [..., k], sorted by value, descending."""
+
+    values: np.ndarray
+    indices: np.ndarray
+
+
+class HostOutput(NamedTuple):
+    """A `StepOutput` in NumPy."""
+
+    codes: tuple[HostCode, ...]
+    norms: np.ndarray
+
+
+class DocumentCodes(NamedTuple):
+    """One document: its token ids [t], and per layer the code [t, k] and the residual norms [t] of its tokens."""
+
+    tokens: np.ndarray
+    codes: dict[int, HostCode]
+    norms: dict[int, np.ndarray]
+
+
+class ExtractStep:
+    """The jitted step, made by `make_extract_step`; `shapes` lists the batch shapes it was compiled for."""
+
+    def __init__(self, config: ModelConfig, layers: tuple[int, ...], contract: Contract):
+        self.config, self.layers, self.shapes = config, layers, list[tuple[int, ...]]()
+
+        def step(params, saes, tokens, mask):
+            self.shapes.append(tokens.shape)  # Python runs only while jit traces: once per compilation
+            residual = forward(
+                params, config, tokens, mask=mask, capture=layers, stop_after=max(layers), logits="none"
+            ).captured
+            codes = tuple(encode(sae, residual[i], contract=contract) for i, sae in enumerate(saes))
+            return StepOutput(codes, jnp.linalg.norm(residual.astype(jnp.float32), axis=-1))
+
+        self._jitted = jax.jit(step)
+
+    @property
+    def compilations(self) -> int:
+        """How often the step was compiled; equals the number of distinct batch shapes it saw."""
+        return len(self.shapes)
+
+    def __call__(
+        self, params: Params, saes: Sequence[Sae], tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> StepOutput:
+        return self._jitted(params, tuple(saes), tokens, mask)
+
+
+def make_extract_step(config: ModelConfig, layers: Sequence[int], *, contract: Contract = "exact") -> ExtractStep:
+    """The step `(params, saes, tokens [b, t], mask [b, t]) -> StepOutput` for SAEs of these layers, in this order.
+
+    Raises:
+      ValueError: no layers, a layer twice, or one the model does not have.
+    """
+    layers = tuple(layers)
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < config.num_layers for layer in layers):
+        raise ValueError(f"layers = {layers}; expected different layers among 0..{config.num_layers - 1}")
+    return ExtractStep(config, layers, contract)
+
+
+def check_sae(config: ModelConfig, layer: int, sae: SaeConfig) -> None:
+    """Refuses an SAE that was not made for this model's residual stream.
+
+    Raises:
+      ValueError: another width, or a layer the model does not have.
+    """
+    if sae.d_model != config.hidden_size:
+        raise ValueError(
+            f"the SAE of layer {layer} reads vectors of {sae.d_model}, the model's residual stream has "
+            f"{config.hidden_size}: they do not belong together"
+        )
+    if not 0 <= layer < config.num_layers:
+        raise ValueError(f"an SAE of layer {layer}, but the model has the layers 0..{config.num_layers - 1}")
+
+
+def stream(
+    step: ExtractStep,
+    params: Params,
+    saes: Sequence[Sae],
+    feed: Iterable[tuple[Key, np.ndarray, np.ndarray]],
+    *,
+    ahead: int = 2,
+) -> Iterator[tuple[Key, HostOutput]]:
+    """Runs the step over a feed of (key, tokens, mask) and yields (key, results as NumPy arrays) in order.
+
+    `ahead` batches are always under way while the caller works on the one before.
+
+    Raises:
+      FloatingPointError: a residual is NaN or infinite at a real token.
+    """
+    pending: deque[tuple[Key, np.ndarray, StepOutput]] = deque()
+
+    def fetch() -> tuple[Key, HostOutput]:
+        key, mask, device = pending.popleft()
+        codes = tuple(HostCode(np.asarray(code.values), np.asarray(code.indices)) for code in device.codes)
+        output = HostOutput(codes, np.asarray(device.norms))
+        if not np.isfinite(output.norms[:, mask]).all():
+            wrong = np.flatnonzero(~np.isfinite(np.where(mask, output.norms, 0)).all(axis=(1, 2)))
+            raise FloatingPointError(
+                f"the residual stream is not finite at layers {[step.layers[i] for i in wrong]}; the weights are "
+                "damaged or overflow in this precision: try --precision parity"
+            )
+        return key, output
+
+    for key, tokens, mask in feed:
+        output = step(params, saes, tokens, mask)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
+        pending.append((key, mask, output))
+        if len(pending) > ahead:
+            yield fetch()
+    while pending:
+        yield fetch()
+
+
+def extract_documents(
+    backbone: Backbone,
+    saes: Mapping[int, Sae],
+    documents: Sequence[np.ndarray],
+    *,
+    batch_tokens: int = 4096,
+    max_length: int = 4096,
+    long: Literal["truncate", "window"] = "truncate",
+    step: ExtractStep | None = None,
+) -> list[DocumentCodes]:
+    """Codes of every token of a few documents, in memory; `qscope extract` is for many.
+
+    Args:
+      backbone: the model.
+      saes: per layer.
+      documents: token ids [n_tokens], none empty.
+      batch_tokens: positions per batch.
+      max_length: longer documents are truncated or cut into windows.
+      long: which of the two.
+      step: a step to use again, made for the same model and layers.
+
+    Raises:
+      ValueError: an empty document, an id outside the vocabulary, or SAEs of another width.
+    """
+    for layer, sae in saes.items():
+        check_sae(backbone.config, layer, sae.config)
+    if not documents:
+        return []
+    step = step or make_extract_step(backbone.config, tuple(saes))
+    segments = cut_documents(documents, max_length, long=long)
+    if segments.tokens.max(initial=0) >= backbone.config.vocab_size:
+        raise ValueError(f"token {segments.tokens.max()}, but the model has rows for {backbone.config.vocab_size} ids")
+    pieces: dict[int, HostOutput] = {}
+    plan = plan_batches(segments.lengths, Buckets(batch_tokens, max_length))
+    for batch, output in stream(step, backbone.params, tuple(saes.values()), feed_batches(plan, segments)):
+        for i, row in enumerate(batch.rows):
+            n = segments.lengths[row]
+            codes = tuple(HostCode(code.values[i, :n], code.indices[i, :n]) for code in output.codes)
+            pieces[int(row)] = HostOutput(codes, output.norms[:, i, :n])
+    return [_document(segments, pieces, tuple(saes), d) for d in range(len(documents))]
+
+
+def feed_batches(plan: Iterable[Batch], segments: Segments) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """What `stream` takes, with the batch as key."""
+    for batch in plan:
+        yield batch, *fill_batch(batch, segments)
+
+
+def measure_sinks(
+    step: ExtractStep, params: Params, saes: Sequence[Sae], documents: Sequence[np.ndarray], buckets: Buckets
+) -> dict[int, float]:
+    """Per layer, ten times the median residual norm over the first 65,536 tokens of the documents given."""
+    lengths = np.minimum([len(document) for document in documents], buckets.max_length)
+    before = np.cumsum(lengths) - lengths
+    chosen = [d[: SINK_TOKENS - b] for d, b in zip(documents, before, strict=True) if b < SINK_TOKENS]
+    segments = cut_documents(chosen, buckets.max_length)
+    plan = plan_batches(segments.lengths, buckets)
+    norms = [np.zeros((len(step.layers), 0), np.float32)]
+    for batch, output in stream(step, params, saes, feed_batches(plan, segments)):
+        norms.append(output.norms[:, fill_batch(batch, segments)[1]])
+    found = np.concatenate(norms, axis=1)
+    if not found.size:
+        raise ValueError(
+            "no document to measure the sink threshold on; give an SAE that knows its own, or drop --mask-sinks"
+        )
+    return dict(zip(step.layers, (SINK_FACTOR * np.median(found, axis=1)).tolist(), strict=True))
+
+
+def _document(
+    segments: Segments, pieces: Mapping[int, HostOutput], layers: tuple[int, ...], document: int
+) -> DocumentCodes:
+    rows = np.flatnonzero(segments.document == document).tolist()
+    tokens = np.concatenate([segments.tokens[segments.begin[r] : segments.end[r]] for r in rows])
+    codes = {}
+    for i, layer in enumerate(layers):
+        values, indices = zip(*(pieces[r].codes[i] for r in rows), strict=True)
+        codes[layer] = HostCode(np.concatenate(values), np.concatenate(indices))
+    norms = {layer: np.concatenate([pieces[r].norms[i] for r in rows]) for i, layer in enumerate(layers)}
+    return DocumentCodes(tokens, codes, norms)

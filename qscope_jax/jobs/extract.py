@@ -1,0 +1,311 @@
+"""`qscope extract`: text in, sparse features out, per document or per token.
+
+The input is cut into parts, fixed ranges of rows; each part becomes files of its own, whole or not at all. A rerun
+makes what is missing; an interrupted part keeps its finished batches. However often a run is stopped, its files end the
+same.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from qscope_jax.backbone.config import ModelConfig, read_config
+from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.data import store_files as files
+from qscope_jax.data.assemble import read_features
+from qscope_jax.data.batches import Buckets
+from qscope_jax.data.documents import Encoder, OnError, Parts, read_ahead
+from qscope_jax.data.text import Corpus, Fields, open_corpus
+from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
+from qscope_jax.extract import SINK_TOKENS, check_sae, make_extract_step, measure_sinks
+from qscope_jax.extract_folder import Loaded, Target, make_parts
+from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+from qscope_jax.sae.formats.facts import settle
+from qscope_jax.sae.model import Contract
+
+_MAX_LENGTH = 4096
+_BATCH_TOKENS = {True: 4096, False: 16_384}
+_PER_OCTAVE = ((1 << 20, 1), (1 << 22, 2), (math.inf, 4))  # bytes of input, bucket lengths per octave
+_ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Extract SAE features from texts."""
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders or globs of JSONL, parquet or text (also .gz, .zst, .bz2), local or remote."""
+    model: str = "demo"
+    """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
+    sae: str = "demo"
+    """SAEs, likewise; one file is fine too."""
+    k: int | None = None
+    """Features per token, where the SAE source does not say it (or says it wrong)."""
+    layers: tuple[int, ...] = ()
+    """Layers (0-based, the output of decoder layer n); all that the SAE source holds where it is local."""
+    out: Path = Path("qscope-out/extract")
+    """Folder of the results. The same command goes on in it; another is refused."""
+
+    per: Literal["document", "token"] = "document"
+    """A row of pooled features per document, or the codes of every token."""
+    pool: Literal["max", "mean", "count", "last"] = "max"
+    """Over a document's tokens: largest value, mean (zeros count), number of tokens it fires on, or the last token."""
+    top: int | None = None
+    """Keep this many features of each document (or token), the strongest."""
+    min_value: float = 0.0
+    """Keep values of at least this much."""
+    features: Path | None = None
+    """Keep the features listed in this file: lines `FEATURE` or `LAYER FEATURE`."""
+    values: Literal["float32", "bfloat16"] | None = None
+    """How values per token are stored; by default as precise as they were computed."""
+
+    text_field: str = "text"
+    """Column of the text."""
+    id_field: str | None = None
+    """Column of the id; by default a document is called file:line."""
+    keep: tuple[str, ...] = ()
+    """Columns to carry into the results."""
+    format: Literal["jsonl", "parquet", "text"] | None = None
+    """What the files are, where their endings do not say it."""
+    document: Literal["line", "file"] = "line"
+    """Whether each line or each file of plain text is a document."""
+    max_row_bytes: int = 16 << 20
+    """Longer rows are errors."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """Rows that cannot be used: list them in errors.jsonl, or stop at the first."""
+    special_tokens: bool = False
+    """Read strings such as <|im_end|> in a text as the tokens they name."""
+
+    long: Literal["truncate", "window"] = "truncate"
+    """Documents above --max-length: keep their start, or cut them into windows (each token counts once)."""
+    max_length: int | None = None
+    """Longest row in tokens; by default the model's context, at most 4096."""
+    overlap: int = 0
+    """Tokens before a window that are repeated in it as context."""
+    mask_sinks: bool = False
+    """Leave out tokens of enormous residual norm; needs no threshold, but uses the one an SAE brings along."""
+    precision: Literal["fast", "parity"] = "fast"
+    """bfloat16, or the float32 arithmetic of the release's demo."""
+    batch_tokens: int | None = None
+    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere."""
+
+    shard: str = "0/1"
+    """I/N: be process I of N (from 0) that share the work and know nothing of each other."""
+    part_rows: int = 32_768
+    """Rows per part, at most."""
+    part_bytes: int = 4 << 20
+    """Bytes of input per part, about."""
+
+
+class Sources(NamedTuple):
+    """What a run reads, opened but not loaded."""
+
+    model: Source
+    sae: Source
+    shapes: dict[int, tuple[int, int]]
+    vocab_size: int
+    encoder: Encoder
+    corpus: Corpus
+    ranges: list[tuple[int, int]]
+
+    def parts(self, chosen: Sequence[int], *, on_error: OnError = "skip") -> Parts:
+        return Parts(self.corpus, self.ranges, self.encoder, self.vocab_size, chosen=chosen, on_error=on_error)
+
+
+def run(config: Config) -> None:
+    """Runs the command.
+
+    Raises:
+      ValueError, OSError: wrong input or options, named; no file is left half done.
+      Interrupted: SIGTERM or SIGINT came; everything finished is saved.
+    """
+    shard, shards = parse_shard(config.shard)
+    manifest = "manifest.json" if shards == 1 else f"manifest-{shard}-of-{shards}.json"
+    with Run("extract", config, config.out, manifest=manifest) as job:
+        sources, info = _open(config)
+        loaded = None
+        if not (config.out / "store.json").exists():
+            loaded = _load(config, sources)
+            info |= _measured(config, sources, loaded, info)
+        info = files.claim_folder(config.out, info)
+        mode = "float32, the release's arithmetic" if config.precision == "parity" else "bfloat16 (fast mode)"
+        job.record(mode=mode, store=info)
+        mine = range(shard, len(sources.ranges), shards)
+        todo = _todo(config, job, sources, files.fingerprint(info), mine)
+        if todo:
+            loaded = loaded or _load(config, sources)
+            parts = sources.parts(todo, on_error=config.on_error)
+            target = Target(config.out, info, sources.corpus.schema)
+            make_parts(target, parts, loaded, progress=job.progress, stopping=lambda: job.stopping)
+            job.record(device=devices(), compilations=loaded.step.compilations, shapes=loaded.step.shapes)
+        _conclude(config, job, info, len(sources.ranges), shards)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` as numbers.
+
+    Raises:
+      ValueError: not 0 <= I < N.
+    """
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(f"--shard {text}: expected I/N with 0 <= I < N, for example 0/2 and 1/2")
+    return int(first), int(last)
+
+
+def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
+    """Opens everything that is read, and says what `store.json` is to say: all that the results depend on."""
+    model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
+    constants = read_config(model.fetch("config.json"))
+    opened = {layer: open_sae(sae, layer) for layer in _layers(config, sae)}
+    known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
+    for layer, one in known.items():
+        check_sae(constants, layer, one)
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, constants.vocab_size)
+    corpus = _corpus(config, tuple(known))
+    ranges = corpus.parts(rows=config.part_rows, size=config.part_bytes)
+    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
+    shapes = {layer: (one.d_sae, one.k) for layer, one in known.items()}
+    info = {
+        **_settings(config, constants, shapes, corpus),
+        "model": {"name": model.name, "files": hash_files(map(model.fetch, ["config.json", *weights]))},
+        "sae": {"name": sae.name, "files": hash_files(o.path for o in opened.values())},
+        "tokenizer": tokenizer_hash(tokenizer),
+        "data": corpus.fingerprint(),
+        "rows": len(corpus),
+        "parts": len(ranges),
+        "keep": {field.name: str(field.type) for field in corpus.schema},
+    }
+    encoder = make_encoder(tokenizer, special_tokens=config.special_tokens)
+    return Sources(model, sae, shapes, constants.vocab_size, encoder, corpus, ranges), info
+
+
+def _settings(
+    config: Config, constants: ModelConfig, shapes: dict[int, tuple[int, int]], corpus: Corpus
+) -> dict[str, Any]:
+    """The options that decide what the files hold, with their defaults filled in."""
+    chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in ("data", "model", "sae", "layers", "out", "k", "keep", "on_error", "shard", "features", "values"):
+        del chosen[name]
+    widths = {layer: d_sae for layer, (d_sae, _) in shapes.items()}
+    by_token = {"pool": None} if config.per == "token" else {}
+    return plain(
+        {
+            **chosen,
+            **by_token,
+            "layers": list(shapes),
+            "shapes": {layer: {"d_sae": d_sae, "k": k} for layer, (d_sae, k) in shapes.items()},
+            "features": None if config.features is None else read_features(config.features, widths),
+            "values": config.values or ("float32" if config.precision == "parity" else "bfloat16"),
+            "max_length": config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH),
+            "batch_tokens": config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
+            # A shape costs a compilation, which a small corpus never earns back in padding.
+            "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
+        }
+    )
+
+
+def _layers(config: Config, sae: Source) -> tuple[int, ...]:
+    if len(set(config.layers)) != len(config.layers):
+        raise ValueError(f"--layers {' '.join(map(str, config.layers))}: a layer is named twice")
+    if config.layers or sae.kind in ("demo", "folder", "file"):
+        return tuple(sorted(config.layers)) or layers_of(sae)
+    raise ValueError(f"{sae} holds SAEs of layers {', '.join(map(str, layers_of(sae)))}: choose with --layers")
+
+
+def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
+    keep = tuple(name for names in config.keep for name in names.split(",") if name)
+    made = {"id", "n_tokens", "truncated", *(f"layer{n}_{what}" for n in layers for what in ("features", "values"))}
+    if clash := sorted(made & set(keep)) or sorted({name for name in keep if keep.count(name) > 1}):
+        raise ValueError(f"--keep {clash[0]}: the results have a column of this name already; rename it in the data")
+    corpus = open_corpus(
+        config.data,
+        Fields(config.text_field, config.id_field, keep),
+        format=config.format,
+        document=config.document,
+        max_row_bytes=config.max_row_bytes,
+        say=say,
+    )
+    if not len(corpus):
+        raise ValueError(f"{', '.join(config.data)}: no rows; every file is empty")
+    return corpus
+
+
+def _load(config: Config, sources: Sources) -> Loaded:
+    dtype, contract = _ARITHMETIC[config.precision]
+    backbone = load_backbone(config.model, dtype=dtype)
+    saes = load_saes(sources.sae, tuple(sources.shapes), k=config.k, dtype=dtype)
+    # Decoders are half of an SAE's memory, and encoding never reads them.
+    encoders = tuple(sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0])) for sae in saes.values())
+    step = make_extract_step(backbone.config, tuple(saes), contract=contract)
+    return Loaded(backbone.params, encoders, step)
+
+
+def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, Any]) -> dict[str, Any]:
+    """The norm above which a token is masked, per layer: the SAE's own, or else measured at the start of the input."""
+    if not config.mask_sinks:
+        return {}
+    buckets = Buckets(info["batch_tokens"], info["max_length"], info["per_octave"])
+    known = {layer: sae.config.sink_threshold for layer, sae in zip(sources.shapes, loaded.saes, strict=True)}
+    if None in known.values():
+        documents, tokens = [], 0
+        for part in read_ahead(sources.parts(range(len(sources.ranges)))):
+            documents += part.tokens
+            tokens += sum(map(len, part.tokens))
+            if tokens >= SINK_TOKENS:
+                break
+        found = measure_sinks(loaded.step, loaded.params, loaded.saes, documents, buckets)
+        known = {layer: found[layer] if value is None else value for layer, value in known.items()}
+    return {"measured_sinks": {str(layer): value for layer, value in known.items()}}
+
+
+def _todo(config: Config, job: Run, sources: Sources, expected: str, mine: range) -> list[int]:
+    """The parts of this process that are not there yet."""
+    todo, rows = [], 0
+    for part in mine:
+        path = files.documents_path(config.out, part)
+        if path.exists():
+            files.read_facts(path, expected)
+            rows += sources.ranges[part][1] - sources.ranges[part][0]
+        else:
+            todo.append(part)
+    job.total = sum(sources.ranges[part][1] - sources.ranges[part][0] for part in mine)
+    say(f"{len(sources.corpus):,} rows; {len(todo)} of {len(mine)} parts to do")
+    job.progress(rows=0, tokens=0, already=rows)
+    return todo
+
+
+def _conclude(config: Config, job: Run, info: dict[str, Any], parts: int, shards: int) -> None:
+    """Counts what is there; the process that finds every part done joins the errors and says so for the whole."""
+    expected = files.fingerprint(info)
+    paths = [files.documents_path(config.out, part) for part in range(parts)]
+    facts = [files.read_facts(path, expected) for path in paths if path.exists()]
+    totals = {name: sum(f[name] for f in facts) for name in ("documents", "bad", "tokens", "truncated", "positions")}
+    tokens, wasted = totals["tokens"], 1 - totals["tokens"] / max(totals["positions"], 1)
+    masked = np.sum([np.zeros(len(info["layers"])), *(f["masked"] for f in facts)], 0) / max(tokens, 1)
+    counts = {
+        **totals,
+        "wasted_positions": wasted if totals["positions"] else 0.0,
+        "masked_share": dict(zip(info["layers"], masked.tolist(), strict=True)),
+        "parts": f"{len(facts)} of {parts}",
+    }
+    job.record(counts=counts)
+    if job.stopping:
+        raise job.interrupted(f"{len(facts)} of {parts} parts are done, finished batches of the next are put aside")
+    if len(facts) == parts:
+        files.join_errors(config.out, parts)
+        if shards > 1:
+            job.manifests.append("manifest.json")
+    say(
+        f"{counts['parts']} parts: {totals['documents']:,} documents ({totals['truncated']:,} truncated), {tokens:,} "
+        f"tokens; {totals['bad']:,} rows left out (errors.jsonl); {counts['wasted_positions']:.1%} of positions padding"
+    )
