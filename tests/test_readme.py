@@ -66,7 +66,13 @@ class Reader:
         command = tools / "qscope"
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m qscope_jax.cli "$@"\n')
         command.chmod(0o755)
-        self.environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+        # The examples run in another folder than the tests: a relative import path must mean the same there.
+        path = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        self.environment = {
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(path),
+        }
 
     def follow(self, example: Example) -> None:
         """Runs the page up to and including `example`, from where it was left."""

@@ -19,7 +19,7 @@ ROWS = [
     ["files"],
     ["mesh", "taps", "data"],
     ["backbone", "sae", "analysis"],
-    ["steering", "extract", "generate", "objectives", "training"],
+    ["steering", "extract", "extract_folder", "generate", "objectives", "training"],
     ["benchmarks"],
     ["api", "explorer", "jobs"],
     ["__init__"],
