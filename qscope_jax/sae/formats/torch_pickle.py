@@ -5,6 +5,7 @@ it, and everything else in the pickle language is refused before it could mean a
 the mapped file. The rules follow CVE-2025-32434 and CVE-2026-24747, holes in torch's own restricted loader.
 """
 
+import io
 import os
 import pickletools
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _GLOBALS = {*STORAGES, REBUILD, ORDERED_DICT}
 _CONSTANTS = {"EMPTY_TUPLE": (), "NEWTRUE": True, "NEWFALSE": False}
 _PUSHES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_ALLOWED = {*_CONSTANTS, *_PUSHES, *_TUPLES, "PROTO", "STOP", "MARK", "TUPLE", "EMPTY_DICT", "SETITEM", "SETITEMS"}
+_ALLOWED |= {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "BINPERSID", "REDUCE"}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _MAX_PICKLE = 1 << 20
 _MAX_OPCODES = 4096
 _MAX_DIMS = 8
@@ -88,13 +92,15 @@ class _Machine:
         return FormatError(f"{self.archive.path}: {why}. Nothing was executed; do not trust this file")
 
     def run(self, pickle: bytes) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
-            if count >= _MAX_OPCODES:
-                raise self.refuse(f"a pickle of more than {_MAX_OPCODES} opcodes, far more than tensors need")
+        stream = io.BytesIO(pickle)
+        for _ in range(_MAX_OPCODES):
+            opcode = _OPCODES[stream.read(1)]
+            if opcode.name not in _ALLOWED:
+                raise self.refuse(f"the pickle uses the opcode {opcode.name}, which a dict of tensors has no need for")
             if opcode.name == "STOP":
-                break
-            self.step(opcode.name, argument)
-        return self.stack.pop()
+                return self.stack.pop()
+            self.step(opcode.name, _argument(opcode, stream))
+        raise self.refuse(f"a pickle of more than {_MAX_OPCODES} opcodes, far more than tensors need")
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -126,8 +132,6 @@ class _Machine:
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             stack.append(self.call(function, arguments))
-        elif name != "PROTO":
-            raise self.refuse(f"the pickle uses the opcode {name}, which a dict of tensors has no need for")
 
     def push_tuple(self, size: int) -> None:
         if len(self.stack) < size:
@@ -209,6 +213,13 @@ class _Machine:
         # Only a tensor that fills its storage can be judged by the storage's checksum.
         whole = storage.crc and packed == len(storage.flat)
         return StoredTensor(array, Checksum("crc32", f"{storage.crc:08x}") if whole else None)
+
+
+def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
+    if opcode.name == "GLOBAL":  # two lines; the library's reader would resolve escapes in them
+        module, name = stream.readline(), stream.readline()
+        return b" ".join((module[:-1], name[:-1])).decode("ascii")
+    return opcode.arg.reader(stream) if opcode.arg else None
 
 
 def _kind(value: Any) -> str:
