@@ -109,7 +109,7 @@ def _match(place: Source, config: ModelConfig, tensors: list[Tensor]) -> dict[st
     known = wanted.keys() | ({HEAD.name} if config.tie_word_embeddings else set())
     faults += [f"{name} is unknown to a {config.model_type} model" for name in sorted(files.keys() - known)]
     faults += [f"{name} is missing" for name in wanted if name not in files]
-    for name in wanted.keys() & files.keys():
+    for name in (name for name in wanted if name in files):
         info = files[name].info(name)
         if info.shape != wanted[name].stored_shape:
             faults.append(f"{name} has shape {info.shape}, config.json implies {wanted[name].stored_shape}")
@@ -138,8 +138,10 @@ def _open_files(place: Source, faults: list[str]) -> Iterator[TensorFile]:
             continue
         file = open_tensors(place.fetch(shard))
         promised = {name for name, where in weight_map.items() if where == shard}
-        faults += [f"{name} should be in {shard} by the index, but is not" for name in promised - set(file.names)]
-        faults += [f"{name} is in {shard} but not in the index" for name in set(file.names) - weight_map.keys()]
+        faults += [
+            f"{name} should be in {shard} by the index, but is not" for name in sorted(promised - set(file.names))
+        ]
+        faults += [f"{name} is in {shard} but not in the index" for name in sorted(set(file.names) - weight_map.keys())]
         yield file
 
 
