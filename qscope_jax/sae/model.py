@@ -113,8 +113,9 @@ def from_dense(z: Float[Array, "*n f"], k: int) -> SparseCode:
     """
     if not 0 < k <= z.shape[-1]:
         raise ValueError(f"k = {k} does not lie in 1..{z.shape[-1]}, the width of z")
-    values, indices = jax.lax.top_k(z, k)
-    return SparseCode(jnp.maximum(values, 0), indices)
+    # A NaN with its sign bit set would rank below all numbers and go unseen.
+    values, indices = jax.lax.top_k(jnp.where(jnp.isnan(z), jnp.nan, z), k)
+    return SparseCode(jax.nn.relu(values), indices)
 
 
 def _check_width(name: str, x: jax.Array, expected: int, what: str) -> None:

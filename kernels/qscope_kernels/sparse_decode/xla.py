@@ -1,5 +1,7 @@
 """The portable form: one slot at a time, so that no [n, k, d] array exists."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 def sparse_decode(values: jax.Array, indices: jax.Array, w_dec: jax.Array) -> jax.Array:
     """Float32 sum over the slots of values [n, k], each adding one gathered row of w_dec [f, d] per token."""
 
+    # Checkpointed: the backward pass gathers the rows again instead of keeping [n, k, d] of them.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def add_slot(total, slot):
         value, index = slot
         rows = jnp.take(w_dec, index, axis=0, mode="clip").astype(jnp.float32)

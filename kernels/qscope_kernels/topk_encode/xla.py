@@ -10,17 +10,18 @@ _CHUNK_ELEMENTS = 1 << 26
 
 
 def topk_encode(x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
-    """Top k of x [n, d] chunk by chunk; the last chunk is padded with zero rows that are dropped again."""
+    """Top k of x [n, d] in even chunks; the last one is padded with zero rows that are dropped again."""
 
     def encode_rows(rows):
         values, indices = jax.lax.top_k(pre_activations(rows, w_enc, b_enc), k)
-        return jnp.maximum(values, 0), indices
+        return jax.nn.relu(values), indices
 
     n = x.shape[0]
-    chunk = max(1, _CHUNK_ELEMENTS // w_enc.shape[1])
-    if n <= chunk:
+    largest = max(1, _CHUNK_ELEMENTS // w_enc.shape[1])
+    if n <= largest:
         return encode_rows(x)
-    chunks = -(-n // chunk)
+    chunks = -(-n // largest)
+    chunk = -(-n // chunks)  # even chunks: little padding
     padded = jnp.pad(x, ((0, chunks * chunk - n), (0, 0))).reshape(chunks, chunk, x.shape[1])
     values, indices = jax.lax.map(encode_rows, padded)
     return values.reshape(-1, k)[:n], indices.reshape(-1, k)[:n]
