@@ -18,6 +18,7 @@ from qscope_jax.files.recognise import FormatError
 
 _ALIGNMENT = 64  # what JAX's CPU client asks of a buffer it adopts
 _CHUNK = 2 << 20  # stays in the cache between the check, the cast and the transposed write
+_ROWS = 16  # so that a transposed write fills whole cache lines, however long the rows are
 
 
 class Checksum(NamedTuple):
@@ -101,7 +102,7 @@ def place(stored: StoredTensor, dtype: np.dtype, *, where: str, allow_nonfinite:
 
 
 def _blocks(array: np.ndarray) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK * len(array) // max(array.nbytes, 1))
+    step = max(_ROWS, _CHUNK * len(array) // max(array.nbytes, 1))
     for start in range(0, len(array), step):
         yield start, start + step
 

@@ -1,0 +1,185 @@
+"""qscope convert: layouts in and out, stopped and rerun, and what fewer bits cost."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qscope_jax.cli import main
+from qscope_jax.files.recognise import FormatError
+from qscope_jax.jobs import convert
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, Interrupted
+from qscope_jax.sae.formats import load_sae, load_saes, sae_sha256, save_sae
+from qscope_jax.sae.model import Sae, SaeConfig, SparseCode, init_sae
+from qscope_jax.sae.rounding import cast_sae, index_agreement, rounding_cost, synthetic_vectors
+
+LAYERS = (0, 1, 5)
+
+
+def make(layer: int) -> Sae:
+    config = SaeConfig(16, 64, 4, layer=layer, backbone="Qwen/X", source="there", sink_threshold=layer + 0.5)
+    sae = init_sae(jax.random.key(layer), config)
+    return Sae(sae.params._replace(b_dec=jnp.linspace(-1, 1, 16)), config)
+
+
+@pytest.fixture
+def source(tmp_path):
+    for layer in LAYERS:
+        save_sae(make(layer), tmp_path / "source", format="qwen-scope")
+    return tmp_path / "source"
+
+
+def contents(folder):
+    """Every file but the manifest, with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("middle", ["safetensors", "qwen-scope", "saelens"])
+def test_there_and_back_gives_the_same_bytes(tmp_path, source, middle):
+    assert main(["convert", str(source), "--to", middle, "--out", str(tmp_path / "middle")]) == 0
+    assert main(["convert", str(tmp_path / "middle"), "--to", "qwen-scope", "--out", str(tmp_path / "back")]) == 0
+    assert contents(tmp_path / "back") == contents(source)
+    for layer, sae in load_saes(tmp_path / "middle").items():
+        assert sae.config == make(layer).config
+        assert sae_sha256(sae) == sae_sha256(make(layer))
+
+
+def test_some_layers(tmp_path, source):
+    main(["convert", str(source), "--to", "safetensors", "--out", str(tmp_path / "out"), "--layers", "5", "0"])
+    assert sorted(contents(tmp_path / "out")) == ["config.json", "layer0.sae.safetensors", "layer5.sae.safetensors"]
+
+
+def test_a_single_file(tmp_path, source):
+    main(["convert", str(source / "layer5.sae.pt"), "--to", "saelens", "--out", str(tmp_path / "out")])
+    assert sorted(contents(tmp_path / "out")) == ["layer5/cfg.json", "layer5/sae_weights.safetensors"]
+
+
+def test_fewer_bits_are_judged_and_written(tmp_path, source, capsys):
+    main(["convert", str(source), "--to", "safetensors", "--dtype", "bfloat16", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "synthetic vectors (seed 0)" in printed
+    assert printed.count("of the active indices agree, FVU") == 3
+    for facts in manifest(tmp_path / "out")["layers"].values():
+        assert 0.9 < facts["cost"]["index_agreement"] <= 1
+        assert facts["cost"]["fvu_rounded"] == pytest.approx(facts["cost"]["fvu"], abs=0.02)
+    loaded = load_sae(tmp_path / "out", 5, dtype=None)
+    assert np.array_equal(loaded.params.w_enc, make(5).params.w_enc.astype("bfloat16"))
+
+
+def test_the_manifest_names_what_was_made(tmp_path, source):
+    main(["convert", str(source), "--to", "safetensors", "--out", str(tmp_path / "out")])
+    made = manifest(tmp_path / "out")
+    assert made["state"] == "complete"
+    assert made["layers"]["layer5.sae.safetensors"] == {
+        "dtype": "float32",
+        "bytes": (tmp_path / "out/layer5.sae.safetensors").stat().st_size,
+        "sha256": sae_sha256(make(5)),
+    }
+
+
+class TestRerun:
+    @pytest.mark.parametrize("to", ["safetensors", "qwen-scope", "saelens"])
+    def test_what_is_complete_is_kept_and_the_rest_made(self, tmp_path, source, to, capsys):
+        command = ["convert", str(source), "--to", to, "--dtype", "bfloat16", "--out", str(tmp_path / "out")]
+        main(command)
+        first, whole = contents(tmp_path / "out"), manifest(tmp_path / "out")["layers"]
+        gone = next(name for name in first if "layer1" in name)
+        (tmp_path / "out" / gone).unlink()
+        times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in first if "layer5" in name}
+        capsys.readouterr()
+        assert main(command) == 0
+        assert capsys.readouterr().out.count("kept from an earlier run") == 2
+        assert contents(tmp_path / "out") == first
+        assert manifest(tmp_path / "out")["layers"] == whole
+        assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times}
+
+    def test_a_signal_stops_between_layers_and_a_rerun_ends_the_same(self, tmp_path, source, monkeypatch):
+        config = convert.Config(str(source), "safetensors", tmp_path / "out")
+        save = convert.save_sae
+
+        def save_then_signal(*args, **kwargs):
+            save(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(convert, "save_sae", save_then_signal)
+        with pytest.raises(Interrupted) as stopped:
+            convert.run(config)
+        assert stopped.value.code == EXIT_INTERRUPTED
+        assert manifest(tmp_path / "out")["state"] == "interrupted"
+        assert "layer0.sae.safetensors" in contents(tmp_path / "out")
+        assert "layer1.sae.safetensors" not in contents(tmp_path / "out")
+        monkeypatch.undo()
+        convert.run(config)
+        convert.run(convert.Config(str(source), "safetensors", tmp_path / "whole"))
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert manifest(tmp_path / "out")["layers"] == manifest(tmp_path / "whole")["layers"]
+
+    def test_files_of_other_settings_are_not_mixed_in(self, tmp_path, source):
+        convert.run(convert.Config(str(source), "safetensors", tmp_path / "out"))
+        with pytest.raises(
+            FormatError, match=r"is there and has dtype 'float32', not 'bfloat16'; choose another --out"
+        ):
+            convert.run(convert.Config(str(source), "safetensors", tmp_path / "out", dtype="bfloat16"))
+        assert manifest(tmp_path / "out")["state"] == "failed"
+
+    def test_files_of_another_source_are_not_mixed_in(self, tmp_path, source):
+        other = make(5)
+        save_sae(Sae(other.params, SaeConfig(16, 64, 4, layer=5, source="elsewhere")), tmp_path / "out")
+        with pytest.raises(FormatError, match="has backbone None, not 'Qwen/X', source 'elsewhere', not 'there'"):
+            convert.run(convert.Config(str(source), "safetensors", tmp_path / "out", layers=(5,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layers", "7"], "no SAE for layer 7 in it; it has the layers 0..1, 5"),
+        (["--out", "gs://bucket/x"], "write to a local folder"),
+        (["--k", "65"], "k = 65 must lie in 1..64"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, source, capsys, arguments, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(source), "--to", "safetensors", "--out", "out", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_damaged_layer_leaves_the_others_whole(tmp_path, source):
+    (source / "layer1.sae.pt").write_bytes((source / "layer1.sae.pt").read_bytes()[:-50])
+    with pytest.raises(FormatError, match="truncated download"):
+        convert.run(convert.Config(str(source), "safetensors", tmp_path / "out"))
+    assert sorted(contents(tmp_path / "out")) == ["config.json", "layer0.sae.safetensors"]
+    assert np.array_equal(load_sae(tmp_path / "out").params.w_enc, make(0).params.w_enc)
+
+
+class TestRounding:
+    def test_the_same_sae_agrees_with_itself(self):
+        x = synthetic_vectors(make(0), jax.random.key(0), 32)
+        cost = rounding_cost(make(0), make(0), x)
+        assert cost["index_agreement"] == 1
+        assert cost["fvu"] == cost["fvu_rounded"]
+
+    def test_agreement_counts_active_indices_as_sets(self):
+        one = SparseCode(jnp.array([[3.0, 2.0, 0.0], [1.0, 1.0, 1.0]]), jnp.array([[5, 7, 0], [1, 2, 3]]))
+        two = SparseCode(jnp.array([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0]]), jnp.array([[7, 0, 8], [3, 1, 2]]))
+        assert index_agreement(one, two) == pytest.approx(3 / 5)
+        assert index_agreement(SparseCode(one.values * 0, one.indices), two) == 1
+
+    def test_vectors_are_seeded_and_lie_around_b_dec(self):
+        sae = make(0)
+        x = synthetic_vectors(sae, jax.random.key(3), 500)
+        assert x.shape == (500, 16)
+        assert np.array_equal(x, synthetic_vectors(sae, jax.random.key(3), 500))
+        length = float(jnp.linalg.norm(sae.params.b_dec))
+        assert float(jnp.linalg.norm(x - sae.params.b_dec, axis=-1).mean()) == pytest.approx(1.04 * length, rel=0.1)
+
+    def test_a_cast_rounds_every_parameter(self):
+        assert {p.dtype.name for p in cast_sae(make(0), "bfloat16").params} == {"bfloat16"}
