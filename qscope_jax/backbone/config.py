@@ -183,23 +183,29 @@ class _Reader:
         return kind(value)
 
     def _rope_theta(self) -> Any:
-        rope = self.raw.get("rope_parameters")
-        scaling = rope if rope is not None else self.raw.get("rope_scaling")
-        if scaling is not None and not isinstance(scaling, dict):
-            self.faults.append(f"rope parameters are {type(scaling).__name__}, expected an object")
-            return None
-        rope_type = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-        if rope_type != "default":
-            self.faults.append(f"rope_type {rope_type!r} is not supported (expected 'default')")
-        partial = (scaling or {}).get("partial_rotary_factor", 1.0)
-        if partial != 1.0:
-            self.faults.append(f"partial_rotary_factor = {partial!r} is not supported for qwen3 (expected 1.0)")
-        theta: Any = rope.get("rope_theta") if rope is not None else self.raw.get("rope_theta")
-        if not _is_positive(theta, float):
-            said = "is missing" if theta is None else f"= {theta!r} is not a positive float"
-            self.faults.append(f"rope_theta {said}")
-            return None
-        return float(theta)
+        thetas = [self.raw.get("rope_theta")]
+        for key in ("rope_parameters", "rope_scaling"):
+            rope = self.raw.get(key)
+            if rope is None:
+                continue
+            if not isinstance(rope, dict):
+                self.faults.append(f"{key} is {type(rope).__name__}, expected an object")
+                continue
+            kind, partial = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
+            if kind != "default":
+                self.faults.append(f"rope_type {kind!r} is not supported (expected 'default')")
+            if partial != 1.0:
+                self.faults.append(f"partial_rotary_factor = {partial!r} is not supported for qwen3 (expected 1.0)")
+            thetas.append(rope.get("rope_theta"))
+        given = [theta for theta in thetas if theta is not None]
+        if not given:
+            self.faults.append("rope_theta is missing")
+        elif wrong := [theta for theta in given if not _is_positive(theta, float)]:
+            self.faults.append(f"rope_theta = {wrong[0]!r} is not a positive float")
+        elif len(set(given)) > 1:
+            self.faults.append(f"rope_theta is given as {' and as '.join(map(repr, given))}")
+        else:
+            return float(given[0])
 
     def _tied(self) -> bool:
         tied = self.raw.get("tie_word_embeddings")

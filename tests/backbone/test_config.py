@@ -95,11 +95,19 @@ def test_a_size_is_an_integer(raw, key):
         ModelConfig.from_hf(raw | {key: 16.0})
 
 
-def test_theta_in_the_wrong_place_is_missing_not_10000(raw):
-    # transformers would silently take its default of 10000.
-    rope = {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}
-    with pytest.raises(ConfigError, match="rope_theta is missing"):
-        ModelConfig.from_hf(raw | rope)
+def test_two_thetas_that_differ_are_refused(raw):
+    for key in ("rope_parameters", "rope_scaling"):
+        same = {key: {"rope_type": "default", "rope_theta": 10000.0}}
+        assert ModelConfig.from_hf(raw | same) == ModelConfig.from_hf(raw)
+        with pytest.raises(ConfigError, match="rope_theta is given as 10000 and as 50000"):
+            ModelConfig.from_hf(raw | {key: {"rope_type": "default", "rope_theta": 50000}})
+
+
+def test_a_rope_type_in_either_place_is_seen(raw):
+    # A config that two tools have edited: transformers would obey rope_scaling.
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(ConfigError, match="rope_type 'yarn' is not supported"):
+        ModelConfig.from_hf(raw | both)
 
 
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
@@ -119,7 +127,7 @@ def test_other_rope_types_are_refused_by_name(raw, where, kind):
         ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints are not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, r"\['sliding_attention'\] are not supported"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers, num_hidden_layers says 4"),
-        ({"rope_scaling": "yarn"}, "rope parameters are str, expected an object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is str, expected an object"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25"),
         ({"num_attention_heads": 3}, "num_attention_heads is not a multiple of num_key_value_heads"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings is None, expected true or false"),
