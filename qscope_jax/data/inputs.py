@@ -26,6 +26,7 @@ FORMATS: dict[str, Format] = {
     ".text": "text",
     ".md": "text",
 }
+SHIPPED_TEXTS = Path(__file__).parents[1] / "assets" / "texts" / "examples.jsonl"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh")
 _CHUNK = 16 << 20
@@ -46,7 +47,7 @@ def find_files(specs: Iterable[str | os.PathLike[str]], *, format: Format | None
 
     Args:
       specs: files, folders (searched to any depth for known endings), globs, or fsspec addresses of a file, a folder
-        or a glob in a folder.
+        or a glob in a folder; "demo" is the texts that ship with the package.
       format: what the files are, where their endings do not say it.
 
     Raises:
@@ -87,7 +88,7 @@ def open_plain(file: DataFile) -> int:
 
 
 def _local(spec: str, format: Format | None) -> list[Path]:
-    path = Path(spec).expanduser()
+    path = SHIPPED_TEXTS if spec == "demo" else Path(spec).expanduser()
     if path.is_dir():
         names = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
         return [p.resolve() for p in names if format or _format_of(p)]

@@ -41,8 +41,8 @@ _ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "p
 class Config:
     """Extract SAE features from texts."""
 
-    data: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders or globs of JSONL, parquet or text (also .gz, .zst, .bz2), local or remote."""
+    data: tyro.conf.Positional[tuple[str, ...]] = ("demo",)
+    """Files, folders or globs of JSONL, parquet or text (also .gz, .zst, .bz2), local or remote; "demo" ships along."""
     model: str = "demo"
     """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
     sae: str = "demo"
