@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -12,6 +13,8 @@ import pytest
 import tyro
 
 from qscope_jax import cli
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +188,16 @@ def test_recipes_that_are_missing(job, capsys):
     assert "--config needs" in capsys.readouterr().err
 
 
-def test_every_shipped_recipe_is_understood_by_the_command_it_names():
-    recipes = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
-    for path in recipes:
-        command = path.relative_to(Path(__file__).parents[2] / "configs").parts[0].removesuffix(".toml")
-        assert command in cli.COMMANDS, f"{path}: configs/COMMAND/NAME.toml names its command"
-        cli.parse(importlib.import_module(cli.COMMANDS[command][0]), command, ["--config", str(path)])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_understood_by_the_command_in_its_first_line(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith(f"# qscope {path.parent.name} "), "configs/COMMAND/NAME.toml, with the whole command first"
+    command, *arguments = shlex.split(first.removeprefix("# qscope "))
+    assert path.relative_to(ROOT).as_posix() in arguments
+    config = cli.parse(importlib.import_module(cli.COMMANDS[command][0]), command, arguments)
+    values = {name: value for name, value in cli.read_recipe(path) if not isinstance(value, list)}
+    assert {name: getattr(config, name) for name in values} == values
 
 
 @pytest.mark.parametrize(
