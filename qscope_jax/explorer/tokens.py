@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+PART = "▯"
+
 
 def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """One visible label per token id.
 
-    A character that several tokens share stands whole at the token that completes it; the tokens before show their
-    bytes in hex. Line breaks become ⏎, tabs ⇥; a leading space stays.
+    A character that several tokens share stands whole at the token that completes it; the tokens before show ▯. Line
+    breaks become ⏎, tabs ⇥; a leading space stays.
     """
     labels, pending = [], b""
     for piece in tokenizer.convert_ids_to_tokens(list(ids)):
@@ -16,7 +18,7 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         pending += raw
         text = _complete(pending)
         if text is None and len(pending) < 4:
-            labels.append("".join(f"‹{byte:02x}›" for byte in raw))
+            labels.append(PART)
             continue
         labels.append(visible(pending.decode("utf-8", "replace") if text is None else text))
         pending = b""
