@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward
+from qscope_jax.backbone.layers import rope_tables
 from qscope_jax.backbone.tables import checkpoint_tensors, to_stored
 from qscope_jax.backbone.weights import load_backbone, save_backbone
 
@@ -61,6 +63,7 @@ def test_residuals_hidden_and_logits_equal_transformers(pair, maker, check_fidel
     assert not np.allclose(out.captured[-1][mask], oracle["hidden"][mask], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_tensor_equal_torch(pair, maker, next_token_loss):
     model, backbone = pair
     tokens, mask = maker.padded_rows(CONFIG["vocab_size"], (45, 31, 4), "right", seed=4)
@@ -75,6 +78,19 @@ def test_gradients_of_every_tensor_equal_torch(pair, maker, next_token_loss):
         found = to_stored(np.asarray(leaf if tensor.period is None else leaf[tensor.period]), tensor.row.inputs)
         error = np.linalg.norm(found - expected[tensor.name]) / np.linalg.norm(expected[tensor.name])
         assert error < 1e-4, f"{tensor.name}: {error:.1e}"
+
+
+def test_rotary_angles_equal_torch_at_far_positions():
+    """One float32 ulp in a frequency would be 2.5e-4 in the cosine at position 32,767."""
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    raw = CONFIG | {"head_dim": 128, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+    positions = np.array([[0, 1, 17, 4095, 16384, 32767]])
+    expected = Qwen3RotaryEmbedding(Qwen3Config(**raw))(torch.zeros(1), torch.from_numpy(positions))
+    found = rope_tables(positions, ModelConfig.from_hf(raw | {"model_type": "qwen3"}), np.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-6)
 
 
 def test_transformers_reads_what_we_save(pair, maker, tmp_path):
