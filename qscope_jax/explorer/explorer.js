@@ -35,8 +35,10 @@ function drawFacts() {
 
 function drawLanguages() {
   const head = element("tr");
-  for (const name of ["Language", "Layer", "Feature", "AUROC", "Fires", "Fires elsewhere, at most", "Strongest contexts"])
-    head.append(element("th", name));
+  head.append(element("th", "Language"));
+  for (const name of ["Layer", "Feature", "AUROC", "Fires", "Fires elsewhere, at most"])
+    head.append(element("th", name, "number"));
+  head.append(element("th", "Strongest contexts"));
   const body = element("tbody");
   for (const row of data.languages) {
     const tr = element("tr");
@@ -101,7 +103,7 @@ function heatmapRow(text, row, values) {
   tr.append(th);
   values.forEach((value, i) => {
     const td = element("td");
-    td.style.background = heat(value / most);
+    if (value > 0) td.style.background = heat(value / most);
     td.addEventListener("mouseenter", () => {
       find("detail").textContent = `feature ${row.feature} at token ${i} “${text.tokens[i]}”: ${value.toPrecision(4)}`;
     });
