@@ -102,7 +102,7 @@ def forward(
 
 
 def check_tokens(tokens, config: ModelConfig) -> None:
-    """Refuses ids that the embedding does not have: a gather on device would clamp them silently.
+    """Refuses ids that the embedding does not have: on device a negative one wraps around and others give NaN.
 
     Raises:
       ValueError: the first such id and the size of the vocabulary.
