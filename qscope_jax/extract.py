@@ -17,9 +17,9 @@ from qscope_jax.backbone.forward import Params, forward
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Batch, Buckets, Segments, cut_documents, fill_batch, plan_batches
 from qscope_jax.sae.model import Contract, Sae, SaeConfig, SparseCode, encode
+from qscope_jax.sae.quality import sink_threshold
 
 SINK_TOKENS = 65_536  # how much of the input measures a sink threshold that the SAE does not bring along
-SINK_FACTOR = 10.0
 
 Key = TypeVar("Key")
 Tensor = jax.Array | np.ndarray
@@ -213,7 +213,7 @@ def measure_sinks(
         raise ValueError(
             "no document to measure the sink threshold on; give an SAE that knows its own, or drop --mask-sinks"
         )
-    return dict(zip(step.layers, (SINK_FACTOR * np.median(found, axis=1)).tolist(), strict=True))
+    return dict(zip(step.layers, map(sink_threshold, found), strict=True))
 
 
 def _document(
