@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from qscope_jax.backbone.forward import init_params
 from qscope_jax.backbone.weights import Backbone, save_backbone
 from qscope_jax.benchmarks.shapes import qwen3_1p7b
+from qscope_jax.sae.formats import save_sae
+from qscope_jax.sae.model import SaeConfig, init_sae
 
 # Samples RssAnon while the load runs, after importing and starting jax; file pages are the kernel's to drop.
 _CHILD = """
@@ -38,7 +40,7 @@ print(json.dumps({"arrays_bytes": size, "peak_bytes": peak - base, "ratio": (pea
 
 
 def bench_load() -> dict[str, Any]:
-    """Peak over arrays for a 0.5-billion-parameter bfloat16 checkpoint, loaded as bfloat16 and as float32.
+    """Peak over arrays for a 0.5-billion-parameter bfloat16 checkpoint and a float32 W32K SAE, each loaded both ways.
 
     Raises:
       OSError: this system has no /proc/self/status (Linux only).
@@ -48,8 +50,10 @@ def bench_load() -> dict[str, Any]:
         config = qwen3_1p7b(4, "default")
         params = init_params(jax.random.key(0), config, dtype=jnp.bfloat16)
         save_backbone(Backbone(config, params), Path(folder, "model"))
-        for dtype in ("bfloat16", "float32"):
-            result[dtype] = _measure("backbone", Path(folder, "model"), dtype)
+        sae = init_sae(jax.random.key(1), SaeConfig(d_model=2048, d_sae=32_768, k=50, layer=0))
+        places = {"backbone": Path(folder, "model"), "sae": save_sae(sae, Path(folder, "sae"), format="qwen-scope")}
+        for kind, path in places.items():
+            result[kind] = {dtype: _measure(kind, path, dtype) for dtype in ("bfloat16", "float32")}
     return result
 
 
