@@ -15,7 +15,7 @@ from qscope_jax.jobs import convert
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Interrupted
 from qscope_jax.sae.formats import load_sae, load_saes, sae_sha256, save_sae
 from qscope_jax.sae.model import Sae, SaeConfig, SparseCode, init_sae
-from qscope_jax.sae.rounding import cast_sae, index_agreement, rounding_cost, synthetic_vectors
+from qscope_jax.sae.rounding import cast_sae, index_agreement, make_rounding_cost, synthetic_vectors
 
 LAYERS = (0, 1, 5)
 
@@ -73,6 +73,17 @@ def test_fewer_bits_are_judged_and_written(tmp_path, source, capsys):
         assert facts["cost"]["fvu_rounded"] == pytest.approx(facts["cost"]["fvu"], abs=0.02)
     loaded = load_sae(tmp_path / "out", 5, dtype=None)
     assert np.array_equal(loaded.params.w_enc, make(5).params.w_enc.astype("bfloat16"))
+
+
+@pytest.mark.slow
+def test_a_model_judges_on_text(tmp_path, tiny_release, capsys):
+    command = ["convert", str(tiny_release / "sae"), "--to", "safetensors", "--dtype", "bfloat16"]
+    main([*command, "--out", str(tmp_path / "out"), "--model", str(tiny_release / "model"), "--vectors", "100"])
+    assert "residual vectors of the shipped texts through" in capsys.readouterr().out
+    for facts in manifest(tmp_path / "out")["layers"].values():
+        assert facts["cost"]["vectors"] == 100
+        assert 0.8 < facts["cost"]["index_agreement"] <= 1
+        assert facts["cost"]["fvu"] > 0
 
 
 def test_the_manifest_names_what_was_made(tmp_path, source):
@@ -162,8 +173,7 @@ def test_a_damaged_layer_leaves_the_others_whole(tmp_path, source):
 
 class TestRounding:
     def test_the_same_sae_agrees_with_itself(self):
-        x = synthetic_vectors(make(0), jax.random.key(0), 32)
-        cost = rounding_cost(make(0), make(0), x)
+        cost = make_rounding_cost()(make(0), make(0), synthetic_vectors(make(0), 32, seed=0))
         assert cost["index_agreement"] == 1
         assert cost["fvu"] == cost["fvu_rounded"]
 
@@ -175,11 +185,13 @@ class TestRounding:
 
     def test_vectors_are_seeded_and_lie_around_b_dec(self):
         sae = make(0)
-        x = synthetic_vectors(sae, jax.random.key(3), 500)
+        x = synthetic_vectors(sae, 500, seed=3)
         assert x.shape == (500, 16)
-        assert np.array_equal(x, synthetic_vectors(sae, jax.random.key(3), 500))
-        length = float(jnp.linalg.norm(sae.params.b_dec))
-        assert float(jnp.linalg.norm(x - sae.params.b_dec, axis=-1).mean()) == pytest.approx(1.04 * length, rel=0.1)
+        assert x.dtype == np.float32
+        assert np.array_equal(x, synthetic_vectors(sae, 500, seed=3))
+        b_dec = np.asarray(sae.params.b_dec)
+        length = np.linalg.norm(b_dec)
+        assert np.linalg.norm(x - b_dec, axis=-1).mean() == pytest.approx(1.04 * length, rel=0.1)
 
     def test_a_cast_rounds_every_parameter(self):
         assert {p.dtype.name for p in cast_sae(make(0), "bfloat16").params} == {"bfloat16"}
