@@ -1,0 +1,96 @@
+"""Batches: few shapes, little padding, every token once, the same for whoever plans them."""
+
+import numpy as np
+import pytest
+
+from qscope_jax.data.batches import Buckets, cut_documents, fill_batch, plan_batches, ranges
+
+
+def documents(lengths):
+    ends = np.cumsum(lengths)
+    return [np.arange(end - n, end, dtype=np.uint32) for n, end in zip(lengths, ends, strict=True)]
+
+
+@pytest.mark.parametrize("longest", [1, 8, 9, 100, 4096, 40_960])
+def test_bucket_lengths_are_few_and_reach_the_longest_row(longest):
+    lengths = Buckets(4096, longest).lengths
+    assert list(lengths) == sorted(set(lengths))
+    assert lengths[-1] >= longest > (lengths[-2] if len(lengths) > 1 else 0)
+    for octave in (8, 16, 32, 64, 128, 1024):
+        assert sum(octave <= n < 2 * octave for n in lengths) <= 4
+    assert all(n % 8 == 0 for n in lengths if n > 32)
+
+
+@pytest.mark.parametrize("per_octave", [1, 2, 4])
+def test_every_row_stands_in_one_batch_of_a_known_shape(per_octave):
+    lengths = np.random.default_rng(0).integers(1, 300, 5000)
+    buckets = Buckets(1024, 300, per_octave)
+    plan = plan_batches(lengths, buckets)
+    assert sorted(np.concatenate([batch.rows for batch in plan])) == list(range(5000))
+    for batch in plan:
+        assert lengths[batch.rows].max() <= batch.length
+        assert batch.length in buckets.lengths
+        assert len(batch.rows) <= batch.size == 1024 // batch.length
+    assert len({(batch.size, batch.length) for batch in plan}) <= len(buckets.lengths)
+
+
+def test_the_plan_depends_on_the_lengths_alone():
+    lengths = np.random.default_rng(1).integers(1, 60, 700)
+    first, again = (plan_batches(lengths.copy(), Buckets(512, 64)) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert (a.size, a.length) == (b.size, b.length)
+        np.testing.assert_array_equal(a.rows, b.rows)
+
+
+def test_a_handful_of_texts_is_not_computed_in_a_batch_for_hundreds():
+    (batch,) = plan_batches(np.array([12, 9, 10]), Buckets(4096, 512))
+    assert batch.length == 12
+    assert 3 <= batch.size < 12
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(2.3, 0.5), (3.0, 0.6), (4.0, 0.7)])
+def test_at_most_15_percent_of_the_positions_of_100000_short_documents_are_padding(mean, spread):
+    lengths = np.random.default_rng(0).lognormal(mean, spread, 100_000).astype(int) + 1
+    computed = 0
+    for start in range(0, len(lengths), 32_768):
+        plan = plan_batches(lengths[start : start + 32_768], Buckets(4096, 4096))
+        computed += sum(batch.size * batch.length for batch in plan)
+    assert 1 - lengths.sum() / computed <= 0.15
+
+
+def test_a_filled_batch_holds_its_rows_and_zeros():
+    segments = cut_documents(documents([3, 9, 1]), 16)
+    (batch,) = plan_batches(segments.lengths, Buckets(64, 16))
+    tokens, mask = fill_batch(batch, segments)
+    assert tokens.shape == mask.shape == (batch.size, batch.length)
+    assert mask.sum() == 13
+    assert not tokens[~mask].any()
+    for i, row in enumerate(batch.rows):
+        np.testing.assert_array_equal(tokens[i][mask[i]], documents([3, 9, 1])[row])
+
+
+def test_truncation_keeps_the_start_of_long_documents():
+    segments = cut_documents(documents([5, 12]), 8)
+    assert segments.lengths.tolist() == [5, 8]
+    assert segments.document.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 5, 9])
+def test_windows_count_every_token_once_and_repeat_only_context(overlap):
+    lengths = np.random.default_rng(2).integers(1, 70, 200)
+    segments = cut_documents(documents(lengths), 10, long="window", overlap=overlap)
+    counted = segments.tokens[ranges(segments.begin + segments.context, segments.end)]
+    np.testing.assert_array_equal(counted, np.arange(lengths.sum()))
+    assert segments.lengths.max() <= 10
+    assert (segments.lengths > segments.context).all()
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match="1 to 8"):
+        plan_batches(np.array([4, 9]), Buckets(64, 8))
+    with pytest.raises(ValueError, match="1 to 8"):
+        plan_batches(np.array([0, 3]), Buckets(64, 8))
+    with pytest.raises(ValueError, match="overlap = 8"):
+        cut_documents(documents([3]), 8, long="window", overlap=8)
+    with pytest.raises(ValueError, match="at least 1"):
+        Buckets(0, 8)
