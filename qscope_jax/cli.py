@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 EXIT_ERROR = 2
 EXIT_KEYBOARD = 130
 EXIT_PIPE = 141
-_SOURCES = ("source", "model", "sae")
+_SOURCES = {"source": "what is embedded", "model": "the embedded model", "sae": "the embedded SAEs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,11 +200,10 @@ def _in_order(ordered: list[str], given: dict[str, list[str]]) -> list[str]:
 
 def _announce(config: Any) -> None:
     """The first line of every command that runs on what is embedded says so; on stderr, since stdout may be data."""
-    used = [name for name in _SOURCES if getattr(config, name, None) == "demo"]
+    used = [words for name, words in _SOURCES.items() if getattr(config, name, None) == "demo"]
     if used:
-        what = " and ".join({"source": "model", "model": "model", "sae": "SAE"}[name] for name in used)
         print(
-            f"Using the embedded {what}: small, made by this project, to try things out.", file=sys.stderr, flush=True
+            f"Using {' and '.join(used)}: small, made by this project, to try things out.", file=sys.stderr, flush=True
         )
 
 
