@@ -60,7 +60,13 @@ def tiny_release(tmp_path_factory, tiny_tokenizer):
     config, folder = ModelConfig.from_hf(raw), tmp_path_factory.mktemp("release")
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))  # drawn in NumPy: nothing to compile
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype), shapes)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.asarray(rng.uniform(0.4, 1.6, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(0, 1 if path[-1].key == "embed" else 0.4, leaf.shape), leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     save_backbone(Backbone(config, params), folder / "model")
     for file in Path(tiny_tokenizer).iterdir():
         (folder / "model" / file.name).write_bytes(file.read_bytes())

@@ -128,6 +128,7 @@ def run(config: Config) -> None:
       Interrupted: SIGTERM or SIGINT came; everything finished is saved.
     """
     shard, shards = parse_shard(config.shard)
+    _check_numbers(config)
     manifest = "manifest.json" if shards == 1 else f"manifest-{shard}-of-{shards}.json"
     with Run("extract", config, config.out, manifest=manifest) as job:
         sources, info = _open(config)
@@ -159,6 +160,15 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ValueError(f"--shard {text}: expected I/N with 0 <= I < N, for example 0/2 and 1/2")
     return int(first), int(last)
+
+
+def _check_numbers(config: Config) -> None:
+    for name in ("k", "top", "max_length", "batch_tokens", "part_rows", "part_bytes", "max_row_bytes"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= config.min_value < math.inf:
+        raise ValueError(f"--min-value {config.min_value}: expected a number of at least 0")
 
 
 def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
@@ -198,6 +208,11 @@ def _settings(
         del chosen[name]
     widths = {layer: d_sae for layer, (d_sae, _) in shapes.items()}
     by_token = {"pool": None} if config.per == "token" else {}
+    longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
+    if not 0 <= config.overlap < longest:
+        raise ValueError(f"--overlap {config.overlap}: expected at least 0 and less than the longest row, {longest}")
+    if longest > constants.max_position_embeddings:
+        raise ValueError(f"--max-length {longest}: the model's context is {constants.max_position_embeddings} tokens")
     return plain(
         {
             **chosen,
@@ -206,7 +221,7 @@ def _settings(
             "shapes": {layer: {"d_sae": d_sae, "k": k} for layer, (d_sae, k) in shapes.items()},
             "features": None if config.features is None else read_features(config.features, widths),
             "values": config.values or ("float32" if config.precision == "parity" else "bfloat16"),
-            "max_length": config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH),
+            "max_length": longest,
             "batch_tokens": config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
             # A shape costs a compilation, which a small corpus never earns back in padding.
             "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
