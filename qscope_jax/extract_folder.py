@@ -139,6 +139,7 @@ def _start(target: Target, part: Part, selection: Selection) -> Work:
     segments = cut_documents(part.tokens, info["max_length"], long=info["long"], overlap=info["overlap"])
     plan = plan_batches(segments.lengths, target.buckets)
     assembly = Assembly(segments, plan, len(part.documents), target.shapes, selection)
+    files.clear_leftovers(target.out, part.number)
     aside = files.partial_path(target.out, part.number)
     if aside.exists():
         assembly.restore(aside, target.fingerprint)

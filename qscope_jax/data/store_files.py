@@ -45,6 +45,13 @@ def partial_path(folder: Path, part: int) -> Path:
     return folder / "partial" / f"part-{part:05d}.safetensors"
 
 
+def clear_leftovers(folder: Path, part: int) -> None:
+    """Removes temporary files that a killed process left of a part which is now made again."""
+    for target in (path(folder, part) for path in (documents_path, tokens_path, errors_path, partial_path)):
+        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
 def fingerprint(info: Mapping[str, Any]) -> str:
     """SHA-256 of what `store.json` says."""
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()

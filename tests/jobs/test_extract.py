@@ -384,7 +384,8 @@ def exactly_once(release, folder, cache, n, part_rows, every):
             assert code == (EXIT_INTERRUPTED if number == signal.SIGTERM else -signal.SIGKILL), told
             assert not (out / "errors.jsonl").exists()
         process = start(release, data, out, cache, *mine)
-        assert process.wait(timeout=600) == 0, process.communicate()
+        _, told = process.communicate(timeout=600)
+        assert process.returncode == 0, told
     assert results(out) == results(folder / "whole")
     check_exactly_once(out, rows, bad)
     FeatureStore(out).verify()
