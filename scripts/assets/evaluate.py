@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae, encode
 from qscope_jax.sae.quality import init_quality, summarize, update_quality
 
-PASSAGE, PASSAGES_PER_LANG = 64, 400
-TRAIN_TOKENS = 200_704
+PASSAGE, PASSAGES_PER_LANG = 64, 300
+SAE_TOKENS = 200_704  # of held-out text and of train text, on which the SAEs are judged
 
 
 def language_model(backbone: Backbone, tokenizer: Tokenizer, train: Documents, held_out: Documents) -> dict[str, Any]:
@@ -86,29 +87,27 @@ def _subset(documents: Documents, chosen: list[int]) -> Documents:
 def sae_quality(backbone: Backbone, saes: list[Sae], train: Documents, held_out: Documents) -> list[dict[str, float]]:
     """FVU on held-out tokens, against the global mean and the languages' means, and latents dead on train tokens."""
     held, seen = pack(held_out, ROW, seed=1), pack(train, ROW, seed=2)
-    acts = residuals(backbone, held.tokens[:, :-1], held.segments[:, :-1])
-    acts_train = residuals(backbone, *(a[: TRAIN_TOKENS // ROW, :-1] for a in seen[:2]))
-    groups = held.langs[:, :-1].reshape(-1)
+    count = SAE_TOKENS // ROW
+    acts = residuals(backbone, held.tokens[:count, :-1], held.segments[:count, :-1])
+    acts_train = residuals(backbone, seen.tokens[:count, :-1], seen.segments[:count, :-1])
+    groups = held.langs[:count, :-1].reshape(-1)
     update = jax.jit(lambda q, sae, x, g: update_quality(q, sae, x, groups=g))
-    results = []
-    for layer, sae in enumerate(saes):
-        quality, train_quality = init_quality(sae.config, num_groups=len(LANGS)), init_quality(sae.config)
-        for start in range(0, acts.shape[1] - 4095, 4096):
-            part = slice(start, start + 4096)
-            quality = update(quality, sae, acts[layer, part], groups[part])
-        for start in range(0, TRAIN_TOKENS, 4096):
-            train_quality = update(
-                train_quality, sae, acts_train[layer, start : start + 4096], np.zeros(4096, np.int32)
-            )
-        held_metrics, train_metrics = summarize(quality), summarize(train_quality)
-        names = ("fvu", "fvu_within_groups", "l0", "cosine")
-        row = {name: _round(held_metrics[name], 4) for name in names}
-        row |= {
-            "fvu_train": _round(train_metrics["fvu"], 4),
-            "dead_fraction": _round(train_metrics["dead_fraction"], 4),
-        }
-        results.append({"layer": layer, **row})
-    return results
+
+    def fold(sae: Sae, x: np.ndarray, groups: np.ndarray, num_groups: int) -> dict[str, float]:
+        quality = init_quality(sae.config, num_groups=num_groups)
+        for start in range(0, len(x), 4096):
+            quality = update(quality, sae, x[start : start + 4096], groups[start : start + 4096])
+        return summarize(quality)
+
+    def judge(layer: int) -> dict[str, float]:
+        unseen = fold(saes[layer], acts[layer], groups, len(LANGS))
+        trained_on = fold(saes[layer], acts_train[layer], np.zeros_like(groups), 1)
+        row = {name: _round(unseen[name], 4) for name in ("fvu", "fvu_within_groups", "l0", "cosine")}
+        row |= {name + "_train": _round(trained_on[name], 4) for name in ("fvu", "dead_fraction")}
+        return {"layer": layer, **row}
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(judge, range(len(saes))))
 
 
 def passages(documents: Documents, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +134,10 @@ def pooled(backbone: Backbone, saes: list[Sae], rows: np.ndarray) -> np.ndarray:
         place = jnp.arange(x.shape[0] // PASSAGE).repeat(PASSAGE)[:, None] * width + code.indices
         return jnp.zeros(x.shape[0] // PASSAGE * width).at[place].add(code.values / PASSAGE).reshape(-1, width)
 
-    return np.concatenate([np.asarray(pool(sae, acts[layer])) for layer, sae in enumerate(saes)], axis=1)
+    with ThreadPoolExecutor(2) as threads:
+        return np.concatenate(
+            list(threads.map(lambda pair: np.asarray(pool(*pair)), zip(saes, acts, strict=True))), axis=1
+        )
 
 
 def language_features(backbone: Backbone, saes: list[Sae], train: Documents, held_out: Documents) -> dict[str, Any]:

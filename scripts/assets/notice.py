@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import train_saes
 from sources import LANGS, SOURCES
 
 ASSETS = Path(__file__).resolve().parents[2] / "qscope_jax" / "assets"
@@ -18,10 +19,11 @@ works without a download. It is a toy: it writes sentences that are locally flue
 
 | part | what it is |
 |---|---|
-| `model/` | a base model of Qwen3 architecture with {parameters:,} parameters (6 layers, width 192, 6 + 2 \
-heads, feed-forward 416, vocabulary 4,096, context 512), bfloat16 |
-| `sae/` | a TopK SAE for the output of each layer, 768 features (4x), k = 32, bfloat16, in the file layout of the \
-Qwen-Scope releases |
+| `model/` | a base model of Qwen3 architecture with {parameters:,} parameters ({num_hidden_layers} layers, width \
+{hidden_size}, {num_attention_heads} + {num_key_value_heads} heads, feed-forward {intermediate_size}, vocabulary \
+{vocab_size:,}, context {max_position_embeddings}), bfloat16 |
+| `sae/` | a TopK SAE for the output of each layer, {d_sae:,} features ({expansion}x), k = {k}, bfloat16, in the file \
+layout of the Qwen-Scope releases |
 | `texts/` | 64 short passages in 8 languages and 3 registers, written for this project; Apache-2.0 like the rest |
 | `report.json` | every figure below, and more |
 """
@@ -46,13 +48,13 @@ content as far as the translations reach; stories are about a fifth of it.
   attention and positions kept inside each document, each ending with `<|endoftext|>`; Muon (AdamW for embeddings and
   norms), rate 4e-3, constant, then falling to zero over the last 30 % of the steps; 4,096 tokens a step; rows of 128,
   then 256, then 512 tokens. Trained on a CPU with this library.
-- SAEs: 1.2 M tokens per layer (two passes over 600 K residual vectors of train text), Adam, rate 2e-3, AuxK 1/32; mean
-  and scale folded into the biases; rounded to bfloat16 before anything was measured.
+- SAEs: {sae_tokens:.1f} M tokens per layer of train text, Adam, rate {sae_rate}, falling to zero over the last 30 %,
+  AuxK 1/32; mean and scale folded into the biases; rounded to bfloat16 before anything was measured.
 
 ## Figures on held-out text
 """
 LIMITS = """
-Limits: the low FVU flatters (192 dimensions, 4,096 tokens, and the languages' means count as explained variance, hence
+Limits: the low FVU flatters (128 dimensions, 4,096 tokens, and the languages' means count as explained variance, hence
 the second column). One feature tells a language apart already at layer 0, where it reads token identity; AUROC alone
 proves little. No residual norm is massive in so small a model: sinks do not occur. Positions above 512 were never seen.
 """
@@ -86,7 +88,7 @@ def figures(report: dict[str, Any]) -> str:
     lines.append("| its AUROC | " + " | ".join(f"{h:.3f}" for h in held) + f" | {sum(held) / len(held):.3f} |")
     lines += ["", "| layer | FVU | FVU against each language's mean | dead | L0 |", "|---|---|---|---|---|"]
     lines += [
-        f"| {row['layer']} | {row['fvu']:.3f} | {row['fvu_within_groups']:.3f} | {row['dead_fraction']:.2%} "
+        f"| {row['layer']} | {row['fvu']:.3f} | {row['fvu_within_groups']:.3f} | {row['dead_fraction_train']:.2%} "
         f"| {row['l0']:.1f} |"
         for row in report["saes"]
     ]
@@ -94,8 +96,9 @@ def figures(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"Of {samples['samples']} samples (96 tokens, temperature 0.7, the end token may stop them) {samples['jump']} "
-        f"contain a line in another language than their prompt; {samples['with_newline']} contain a new line at all. "
-        "AUROC: the feature was chosen by its mean activation on train passages of 64 tokens, judged on held-out ones.",
+        f"contain a line in another language than their prompt and {samples['alien_letters']} a letter of a script "
+        f"that does not belong there; {samples['with_newline']} contain a new line at all. AUROC: the feature was "
+        "chosen by its mean activation on train passages of 64 tokens and judged on held-out ones.",
     ]
     return "\n".join(lines)
 
@@ -104,8 +107,10 @@ def write(cache: Path) -> None:
     report = json.loads((ASSETS / "report.json").read_text(encoding="utf-8"))
     versions = json.loads((cache / "versions.json").read_text())
     corpus, tokens = report["train_tokens_in_corpus"], report["train_tokens"]
-    method = METHOD.format(tokens=f"{tokens / 1e6:.1f} M", epochs=tokens / corpus, corpus=corpus)
-    head = HEAD.format(parameters=report["parameters"])
+    made = {"sae_tokens": train_saes.TOKENS / 1e6, "sae_rate": train_saes.RATE}
+    method = METHOD.format(tokens=f"{tokens / 1e6:.1f} M", epochs=tokens / corpus, corpus=corpus, **made)
+    model, sae = (json.loads((ASSETS / name / "config.json").read_text()) for name in ("model", "sae"))
+    head = HEAD.format(parameters=report["parameters"], expansion=sae["d_sae"] // sae["d_model"], **model, **sae)
     text = f"{head}\n{SOURCES_HEAD}{sources_table(versions)}\n{method}\n{figures(report)}\n{LIMITS}"
     (ASSETS / "NOTICE.md").write_text(text, encoding="utf-8")
     print(figures(report))

@@ -34,11 +34,12 @@ _LETTERS = {
     "cyrillic": re.compile(r"[\u0400-\u04ff]"),
     "latin": re.compile(r"[A-Za-z\u00c0-\u024f]"),
 }
+_SCRIPTS = {"zh": ("han",), "ja": ("han", "kana"), "ko": ("hangul",), "ru": ("cyrillic",)}
 _COMMON = {
-    "en": "the of and is to you for with this that are it be can will your if on when",
+    "en": "the of and is to you for with this that are it be can your if when or from",
     "de": "der die das und ist sie zu den wenn mit für ein eine nicht auf werden wird von im dem",
-    "fr": "le la les des et est vous pour une dans que qui sur avec du ce pas votre sont au",
-    "es": "el los las del y es para una en que con por se su no este esta al puede como",
+    "fr": "le les des et est vous pour dans qui sur avec du ce pas votre sont au cette ou",
+    "es": "el los las del y es para con por su este esta al puede como lo más está",
 }
 _WORDS = {lang: set(words.split()) for lang, words in _COMMON.items()}
 
@@ -92,8 +93,13 @@ def jumps(text: str, lang: str) -> bool:
     return any(language_of(line) not in allowed for line in text.split("\n"))
 
 
+def has_alien_letters(text: str, lang: str) -> bool:
+    """Whether a letter of a script that the language does not use stands anywhere; Latin is at home everywhere."""
+    return any(_LETTERS[name].search(text) for name in _LETTERS if name not in ("latin", *_SCRIPTS.get(lang, ())))
+
+
 def judge_samples(backbone: Backbone, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Share of samples that jump language, of those with a newline, of those that end by themselves; one per prompt."""
+    """Counts of samples with a new line, a line in another language, a letter of an alien script; and examples."""
     prompts = [(lang, prompt) for lang, given in PROMPTS.items() for prompt in given]
     texts, langs = [], []
     for copy in range(COPIES):
@@ -105,6 +111,7 @@ def judge_samples(backbone: Backbone, tokenizer: Tokenizer) -> dict[str, Any]:
         "samples": len(texts),
         "with_newline": sum(lines),
         "jump": sum(jumped),
+        "alien_letters": sum(has_alien_letters(text, lang) for text, lang in zip(texts, langs, strict=True)),
         "jumping": [text for text, wrong in zip(texts, jumped, strict=True) if wrong][:8],
         "examples": texts[: len(prompts)],
     }

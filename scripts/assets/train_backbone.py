@@ -37,12 +37,12 @@ HF_CONFIG = {
     "eos_token_id": VOCAB - len(SPECIAL),
     "head_dim": 32,
     "hidden_act": "silu",
-    "hidden_size": 192,
+    "hidden_size": 128,
     "initializer_range": 0.02,
-    "intermediate_size": 416,
+    "intermediate_size": 512,
     "max_position_embeddings": 512,
     "model_type": "qwen3",
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_hidden_layers": 6,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
@@ -236,7 +236,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder with tokenizer.json; the model goes there")
-    parser.add_argument("--tokens", type=int, default=14_000_000)
+    parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--rate", type=float, default=4e-3)
