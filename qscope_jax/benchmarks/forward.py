@@ -18,9 +18,15 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
     The weights are equal in both, and so must the results be: relative L2 of the last hidden state is in the table.
 
     Raises:
-      ModuleNotFoundError: torch is not installed (it comes with the extra `parity`).
+      ValueError: torch is not installed.
     """
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "the benchmark `forward` compares with transformers on torch, which is not installed: install the extra "
+            "`parity`, or leave it out with --what extract load"
+        ) from None
     from transformers import Qwen3Config, Qwen3Model
 
     threads = len(os.sched_getaffinity(0))
