@@ -188,14 +188,20 @@ class FeatureStore:
         return Hits(*(np.concatenate(column) for column in zip(*hits, strict=True)))
 
     def firing(self, layer: int) -> np.ndarray:
-        """int64 [d_sae]: in how many documents (or tokens, where stored per token) each feature fires."""
+        """int64 [d_sae]: in how many documents (or tokens, where stored per token) each feature fires.
+
+        Raises:
+          ValueError: a layer that the store does not have, or a feature beyond its SAE's width.
+        """
         total = np.zeros(self.d_sae(layer), np.int64)
         if self.per == "document":
-            for _, rows in self.rows(layer):
-                total += np.bincount(rows.features, minlength=len(total))
+            fired = ((part, rows.features) for part, rows in self.rows(layer))
         else:
-            for *_, code in self.token_codes(layer):
-                total += np.bincount(code.idx[code.val > 0], minlength=len(total))
+            fired = ((part, code.idx[code.val > 0]) for part, _, _, code in self.token_codes(layer))
+        for part, features in fired:
+            if features.max(initial=0) >= len(total):
+                raise ValueError(f"{part.acts or part.path}: feature {features.max()} of {len(total)}; {_REMEDY}")
+            total += np.bincount(features, minlength=len(total))
         return total
 
     def verify(self) -> None:

@@ -115,6 +115,7 @@ class Sources(NamedTuple):
     encoder: Encoder
     corpus: Corpus
     ranges: list[tuple[int, int]]
+    stamps: dict[Path, tuple[int, int]]
 
     def parts(self, chosen: Sequence[int], *, on_error: OnError = "skip") -> Parts:
         return Parts(self.corpus, self.ranges, self.encoder, self.vocab_size, chosen=chosen, on_error=on_error)
@@ -185,9 +186,11 @@ def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
     ranges = corpus.parts(rows=config.part_rows, size=config.part_bytes)
     weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
     shapes = {layer: (one.d_sae, one.k) for layer, one in known.items()}
+    weights = [model.fetch("config.json"), *map(model.fetch, weights)]
+    stamps = {path: _stamp(path) for path in (*weights, *(o.path for o in opened.values()))}
     info = {
         **_settings(config, constants, shapes, corpus),
-        "model": {"name": model.name, "files": hash_files(map(model.fetch, ["config.json", *weights]))},
+        "model": {"name": model.name, "files": hash_files(weights)},
         "sae": {"name": sae.name, "files": hash_files(o.path for o in opened.values())},
         "tokenizer": tokenizer_hash(tokenizer),
         "data": corpus.fingerprint(),
@@ -196,7 +199,12 @@ def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
         "keep": {field.name: str(field.type) for field in corpus.schema},
     }
     encoder = make_encoder(tokenizer, special_tokens=config.special_tokens)
-    return Sources(model, sae, shapes, constants.vocab_size, encoder, corpus, ranges), info
+    return Sources(model, sae, shapes, constants.vocab_size, encoder, corpus, ranges, stamps), info
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _settings(
@@ -259,6 +267,9 @@ def _load(config: Config, sources: Sources) -> Loaded:
     dtype, contract = _ARITHMETIC[config.precision]
     backbone = load_backbone(config.model, dtype=dtype)
     saes = load_saes(sources.sae, tuple(sources.shapes), k=config.k, dtype=dtype)
+    for path, stamp in sources.stamps.items():
+        if _stamp(path) != stamp:
+            raise ValueError(f"{path} was replaced while this command began; run it again")
     # Decoders are half of an SAE's memory, and encoding never reads them.
     encoders = tuple(sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0])) for sae in saes.values())
     step = make_extract_step(backbone.config, tuple(saes), contract=contract)

@@ -164,6 +164,14 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
         FeatureStore(tmp_path)
 
 
+def test_features_beyond_the_width_are_refused(tmp_path):
+    make_store(tmp_path, "document")
+    store = FeatureStore(tmp_path)
+    store.info["shapes"]["4"]["d_sae"] = D_SAE - 9
+    with pytest.raises(ValueError, match=r"part-0000\d\.parquet: feature \d+ of 23"):
+        store.firing(4)
+
+
 def test_missing_parts_are_named_and_can_be_done_without(tmp_path):
     make_store(tmp_path, "document", only=1)
     with pytest.raises(FileNotFoundError, match="1 of 2 parts are missing, the first is 0"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.files.tensors import open_tensors, write_tensors
+from qscope_jax.jobs import extract as job
 from qscope_jax.jobs.extract import parse_shard
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
 from qscope_jax.sae.formats import load_saes
@@ -280,6 +282,23 @@ def test_a_bad_row_can_stop_the_run_instead(tiny_release, tmp_path, capsys):
 def test_options_that_do_not_fit_are_refused_and_leave_no_store(tiny_release, fifty, tmp_path, capsys, options, reason):
     assert cli.main(command(tiny_release, fifty[1], tmp_path / "out", *options)) == 2
     assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out/store.json").exists()
+
+
+def test_an_sae_that_is_replaced_between_hash_and_load_is_noticed(tiny_release, fifty, tmp_path, capsys, monkeypatch):
+    sae = tmp_path / "sae"
+    shutil.copytree(tiny_release / "sae", sae)
+    load = job.load_backbone
+
+    def slow_load(*arguments, **options):
+        (path,) = sae.glob("layer1*")
+        os.utime(path, ns=(0, 0))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(job, "load_backbone", slow_load)
+    arguments = command(tiny_release, fifty[1], tmp_path / "out")
+    assert cli.main([*arguments, "--sae", str(sae)]) == 2
+    assert "was replaced while this command began" in capsys.readouterr().err
     assert not (tmp_path / "out/store.json").exists()
 
 
