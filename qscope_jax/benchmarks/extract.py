@@ -32,18 +32,18 @@ def bench_extract(*, rounds: int) -> dict[str, Any]:
     SAEs, and for two layers of Qwen3-1.7B's shape with one SAE of 32,768 latents (random weights, float32)."""
     encoder = make_encoder(load_tokenizer("demo"))
     return {
-        "embedded": compare(_embedded(), encoder, documents=4000, rounds=rounds),
-        "1.7b-shaped": compare(_wide(), encoder, documents=40, rounds=max(3, rounds // 5)),
+        "embedded": compare(_embedded(), encoder, documents=250, rounds=rounds),
+        "1.7b-shaped": compare(_wide(), encoder, documents=10, rounds=max(3, rounds // 4), batch_tokens=512),
     }
 
 
-def compare(loaded: Loaded, encoder: Any, *, documents: int, rounds: int) -> dict[str, Any]:
+def compare(loaded: Loaded, encoder: Any, *, documents: int, rounds: int, batch_tokens: int = 2048) -> dict[str, Any]:
     """Times both sides in turns on the same batches; every shape is compiled before."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "texts.jsonl"
         data.write_text("".join(_lines(documents)), encoding="utf-8")
         corpus = open_corpus([str(data)])
-        target = _target(Path(folder), loaded, corpus)
+        target = _target(Path(folder), loaded, corpus, batch_tokens)
         batches, tokens = _batches(target, _parts(corpus, encoder, loaded))
         outs = iter(range(1 << 30))
 
@@ -90,7 +90,7 @@ def _lines(documents: int) -> Iterator[str]:
         yield json.dumps({"text": " ".join(rng.choice(_TEXT.split(), int(rng.lognormal(4, 0.7)) + 1))}) + "\n"
 
 
-def _target(out: Path, loaded: Loaded, corpus: Corpus) -> Target:
+def _target(out: Path, loaded: Loaded, corpus: Corpus, batch_tokens: int) -> Target:
     shapes = {
         str(n): {"d_sae": s.config.d_sae, "k": s.config.k} for n, s in zip(loaded.step.layers, loaded.saes, strict=True)
     }
@@ -103,7 +103,7 @@ def _target(out: Path, loaded: Loaded, corpus: Corpus) -> Target:
         "min_value": 0.0,
         "features": None,
         "values": "float32",
-        "batch_tokens": 2048,
+        "batch_tokens": batch_tokens,
         "max_length": 1024,
         "per_octave": 2,
         "long": "truncate",

@@ -54,12 +54,12 @@ def find_files(specs: Iterable[str | os.PathLike[str]], *, format: Format | None
       FileNotFoundError: a name matches nothing.
       ValueError: no names at all, or a file whose format is unknown or is not what its ending says.
     """
-    paths: dict[Path, None] = {}
+    paths: dict[Path, None] = {}  # not resolved: in the hub's cache a link's target has no ending
     for spec in (os.fspath(spec) for spec in specs):
         found = _remote(spec, format) if "://" in spec else _local(spec, format)
         if not found:
             raise FileNotFoundError(f"{spec}: no such file, or no file in it ends with {_endings()}")
-        paths.update(dict.fromkeys(found))
+        paths.update(dict.fromkeys(Path(os.path.normpath(path)) for path in found))
     if not paths:
         raise ValueError(f"no data given: name files ({_endings()}), folders or globs")
     root = Path(os.path.commonpath([path.parent for path in paths]))
@@ -91,11 +91,11 @@ def _local(spec: str, format: Format | None) -> list[Path]:
     path = SHIPPED_TEXTS if spec == "demo" else Path(spec).expanduser()
     if path.is_dir():
         names = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        return [p.resolve() for p in names if format or _format_of(p)]
+        return [p.absolute() for p in names if format or _format_of(p)]
     if path.exists():
-        return [path.resolve()]
+        return [path.absolute()]
     matches = sorted(glob.glob(str(path), recursive=True))
-    return [Path(match).resolve() for match in matches if Path(match).is_file()]
+    return [Path(match).absolute() for match in matches if Path(match).is_file()]
 
 
 def _remote(spec: str, format: Format | None) -> list[Path]:

@@ -141,14 +141,15 @@ def run(config: Config) -> None:
         mode = "float32, the release's arithmetic" if config.precision == "parity" else "bfloat16 (fast mode)"
         job.record(mode=mode, store=info)
         mine = range(shard, len(sources.ranges), shards)
-        todo = _todo(config, job, sources, files.fingerprint(info), mine)
+        todo, rows = _todo(config, job, sources, files.fingerprint(info), mine)
         if todo:
             loaded = loaded or _load(config, sources)
+            job.progress(rows=0, tokens=0, already=rows)
             parts = sources.parts(todo, on_error=config.on_error)
             target = Target(config.out, info, sources.corpus.schema)
             make_parts(target, parts, loaded, progress=job.progress, stopping=lambda: job.stopping)
             job.record(device=devices(), compilations=loaded.step.compilations, shapes=loaded.step.shapes)
-        _conclude(config, job, info, len(sources.ranges), shards)
+        _conclude(config, job, info, mine, shards)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -294,8 +295,8 @@ def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, 
     return {"measured_sinks": {str(layer): value for layer, value in known.items()}}
 
 
-def _todo(config: Config, job: Run, sources: Sources, expected: str, mine: range) -> list[int]:
-    """The parts of this process that are not there yet."""
+def _todo(config: Config, job: Run, sources: Sources, expected: str, mine: range) -> tuple[list[int], int]:
+    """The parts of this process that are not there yet, and the number of rows of those that are."""
     todo, rows = [], 0
     for part in mine:
         path = files.documents_path(config.out, part)
@@ -306,13 +307,12 @@ def _todo(config: Config, job: Run, sources: Sources, expected: str, mine: range
             todo.append(part)
     job.total = sum(sources.ranges[part][1] - sources.ranges[part][0] for part in mine)
     say(f"{len(sources.corpus):,} rows; {len(todo)} of {len(mine)} parts to do")
-    job.progress(rows=0, tokens=0, already=rows)
-    return todo
+    return todo, rows
 
 
-def _conclude(config: Config, job: Run, info: dict[str, Any], parts: int, shards: int) -> None:
+def _conclude(config: Config, job: Run, info: dict[str, Any], mine: range, shards: int) -> None:
     """Counts what is there; the process that finds every part done joins the errors and says so for the whole."""
-    expected = files.fingerprint(info)
+    expected, parts = files.fingerprint(info), info["parts"]
     paths = [files.documents_path(config.out, part) for part in range(parts)]
     facts = [files.read_facts(path, expected) for path in paths if path.exists()]
     totals = {name: sum(f[name] for f in facts) for name in ("documents", "bad", "tokens", "truncated", "positions")}
@@ -325,7 +325,7 @@ def _conclude(config: Config, job: Run, info: dict[str, Any], parts: int, shards
         "parts": f"{len(facts)} of {parts}",
     }
     job.record(counts=counts)
-    if job.stopping:
+    if not all(paths[part].exists() for part in mine):
         raise job.interrupted(f"{len(facts)} of {parts} parts are done, finished batches of the next are put aside")
     if len(facts) == parts:
         files.join_errors(config.out, parts)

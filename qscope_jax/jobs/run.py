@@ -74,6 +74,8 @@ class Run:
         total: int | None = None,
         manifest: str = "manifest.json",
     ):
+        if out is not None and re.match(r"[a-z0-9+]+:/", os.fspath(out)):
+            raise ValueError(f"--out {os.fspath(out)}: results are written to a local folder; copy it from there")
         self.command, self.out, self.total = command, None if out is None else Path(out), total
         self.manifests = [manifest]  # file names; a job may add one before it ends
         self._facts: dict[str, Any] = {"command": command, "config": plain(config), "versions": versions()}
@@ -219,18 +221,21 @@ def devices() -> dict[str, Any]:
 
 
 def hash_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """SHA-256 of every file, by file name, sorted.
+    """SHA-256 of every file, by its path below the folder that all of them share, sorted.
 
     A file of the hub's cache is a link to a blob that is named by its own SHA-256; that name is taken as it stands.
     """
-    hashes = {}
-    for path in sorted(map(Path, paths)):
+    hashes: dict[str, str] = {}
+    found = sorted({Path(path).absolute() for path in paths})
+    root = os.path.commonpath([path.parent for path in found]) if found else ""
+    for path in found:
+        name = path.relative_to(root).as_posix()
         blob = path.resolve()
         if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            hashes[path.name] = blob.name
+            hashes[name] = blob.name
         else:
             with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 

@@ -58,6 +58,12 @@ def test_globs_and_names_may_overlap_and_every_file_is_read_once(tmp_path):
     assert [file.name for file in found] == ["b.txt", "a.txt"]
 
 
+def test_links_such_as_those_of_the_hubs_cache_keep_their_own_name(tmp_path):
+    blob = write(tmp_path, "blobs/0123abcd", lines({"text": "one"}))
+    (tmp_path / "train.jsonl").symlink_to(blob)
+    assert [d.id for d in everything(open_corpus([str(tmp_path / "train.jsonl")]))[0]] == ["train.jsonl:1"]
+
+
 def test_remote_addresses_are_read_through_fsspec(tmp_path, monkeypatch):
     import fsspec
 

@@ -87,6 +87,23 @@ def test_progress_lines_give_share_rates_and_count_earlier_work(tmp_path, capsys
     assert "left" in line
 
 
+@pytest.mark.parametrize("out", ["gs://bucket/x", Path("s3://bucket/x")])
+def test_a_remote_folder_for_results_is_refused_and_no_folder_of_that_name_is_made(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="local folder"):
+        Run("extract", Settings(), out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hashes_tell_files_of_one_name_apart(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    hashes = hash_files(tmp_path.glob("*/weights"))
+    assert list(hashes) == ["a/weights", "b/weights"]
+    assert hashes["a/weights"] != hashes["b/weights"]
+
+
 def test_hashes_know_the_blobs_of_the_hub_cache(tmp_path):
     (tmp_path / "plain.bin").write_bytes(b"abc")
     (tmp_path / "blobs").mkdir()
