@@ -112,7 +112,7 @@ def _cap(key: tuple[str, str, str], found: Counter) -> float:
     lang, _, split = key
     scale = BYTES_PER_EN[lang] * (HELD_OUT / (1 - HELD_OUT) if split == "heldout" else 1.0)
     budget = {name: CAP_EN[name] * scale for name in CAP_EN}
-    manuals = [name for name in budget if name != "story"]  # stories stay near a fifth of the text
+    manuals = [name for name in budget if name != "story"]  # stories stay near a fifth
     surplus = {name: max(found[lang, name, split] - budget[name], 0.0) for name in manuals}
     lacking = sum(max(budget[name] - found[lang, name, split], 0.0) for name in budget)
     share = min(1.0, lacking / max(sum(surplus.values()), 1.0))

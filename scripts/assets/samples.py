@@ -5,6 +5,7 @@ words is judged further by the commonest words of the four languages.
 """
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ PROMPTS = {
     "fr": ("Pour ouvrir un fichier", "Le roi regarda la vieille ville.", "Si vous voulez changer la couleur,"),
     "es": ("Para abrir un archivo", "El rey miró la vieja ciudad.", "Si quiere cambiar el color,"),
 }
-COPIES, NEW_TOKENS, TEMPERATURE = 4, 96, 0.7
+COPIES, NEW_TOKENS, TEMPERATURE = 8, 96, 0.7
 _LETTERS = {
     "kana": re.compile(r"[\u3040-\u30ff]"),
     "han": re.compile(r"[\u4e00-\u9fff]"),
@@ -93,6 +94,12 @@ def jumps(text: str, lang: str) -> bool:
     return any(language_of(line) not in allowed for line in text.split("\n"))
 
 
+def jumps_at_newline(text: str, lang: str) -> bool:
+    """Whether a line is in another language after a line that was in the prompt's."""
+    lines = [found for line in text.split("\n") if (found := language_of(line)) not in (None, "latin")]
+    return any(before == lang != after for before, after in pairwise(lines))
+
+
 def has_alien_letters(text: str, lang: str) -> bool:
     """Whether a letter of a script that the language does not use stands anywhere; Latin is at home everywhere."""
     return any(_LETTERS[name].search(text) for name in _LETTERS if name not in ("latin", *_SCRIPTS.get(lang, ())))
@@ -111,6 +118,7 @@ def judge_samples(backbone: Backbone, tokenizer: Tokenizer) -> dict[str, Any]:
         "samples": len(texts),
         "with_newline": sum(lines),
         "jump": sum(jumped),
+        "jump_at_newline": sum(jumps_at_newline(text, lang) for text, lang in zip(texts, langs, strict=True)),
         "alien_letters": sum(has_alien_letters(text, lang) for text, lang in zip(texts, langs, strict=True)),
         "jumping": [text for text, wrong in zip(texts, jumped, strict=True) if wrong][:8],
         "examples": texts[: len(prompts)],
