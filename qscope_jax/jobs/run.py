@@ -80,6 +80,7 @@ class Run:
         self.manifests = [manifest]  # file names; a job may add one before it ends
         self._facts: dict[str, Any] = {"command": command, "config": plain(config), "versions": versions()}
         self._started, self._stop, self._old_handlers = time.time(), threading.Event(), {}
+        self._began = time.monotonic()
         self._meter: _Meter | None = None
 
     def __enter__(self) -> "Run":
@@ -127,7 +128,9 @@ class Run:
         `already` is work of earlier runs: it counts towards the total and never into a rate.
         """
         if self._meter is None:
-            self._meter = _Meter(self.command, self.total, next(iter(amounts)))
+            # A first call with zeros says "from here on"; without one the work began with the run.
+            begin = self._began if any(amounts.values()) else time.monotonic()
+            self._meter = _Meter(self.command, self.total, next(iter(amounts)), begin)
         self._meter.add(amounts, already)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -150,9 +153,9 @@ class Run:
 class _Meter:
     """Progress on stderr: a bar on a terminal, else a plain line every few seconds."""
 
-    def __init__(self, name: str, total: int | None, unit: str):
-        self.name, self.total, self.unit = name, total, unit
-        self.begin = self.last = time.monotonic()
+    def __init__(self, name: str, total: int | None, unit: str, begin: float):
+        self.name, self.total, self.unit, self.begin = name, total, unit, begin
+        self.last = time.monotonic()
         self.done, self.amounts = 0, {}
         self.bar = tqdm(total=total, desc=name, unit=unit, smoothing=0.1) if sys.stderr.isatty() else None
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,6 +86,14 @@ def test_progress_lines_give_share_rates_and_count_earlier_work(tmp_path, capsys
     assert "rows/s" in line
     assert "tokens/s" in line
     assert "left" in line
+
+
+def test_work_that_is_reported_once_at_its_end_began_with_the_run(tmp_path, capsys):
+    with Run("bench", Settings(), tmp_path, total=1) as run:
+        time.sleep(0.05)
+        run.progress(benchmarks=1)
+    rate = capsys.readouterr().err.split("| ")[1].split(" ")[0]
+    assert float(rate) <= 20
 
 
 @pytest.mark.parametrize("out", ["gs://bucket/x", Path("s3://bucket/x")])
