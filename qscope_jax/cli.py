@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nqscope: stopped by the keyboard", file=sys.stderr)
         return EXIT_KEYBOARD
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if show_traceback:
             traceback.print_exc()
         else:

@@ -21,7 +21,7 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
       ValueError: torch is not installed.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             "the benchmark `forward` compares with transformers on torch, which is not installed: install the extra "
@@ -51,7 +51,7 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
 
 
 def _copy_weights(params: Any, model: Any) -> None:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from qscope_jax.backbone.tables import checkpoint_tensors, leaf_of, to_stored
 

@@ -62,6 +62,8 @@ class Corpus:
         self.files, self.fields = files, fields
         self.starts = np.cumsum([0, *(len(file) for file in files)])
         self._duplicates: dict[int, str] = {}
+        for name, option in ((fields.text, "--text-field"), (fields.id, "--id-field")):
+            self._check_column(name, option)
         self.schema = pa.schema([(name, self._kept_type(name)) for name in fields.keep])
         if fields.id is not None:
             self._duplicates = self._find_duplicates()
@@ -142,13 +144,19 @@ class Corpus:
                 return found.value_type if pa.types.is_dictionary(found) else found
         rows = self._raw(0, min(_SCHEMA_ROWS, len(self)))
         values = [raw.record[name] for *_, raw in rows if raw.record and raw.record.get(name) is not None]
-        if not values and len(self) and not self._has_column(name):
-            raise ValueError(f"no row among the first {_SCHEMA_ROWS} holds the column {name!r} of --keep")
+        self._check_column(name, "--keep")
         return _json_type(values)
 
-    def _has_column(self, name: str) -> bool:
+    def _check_column(self, name: str | None, option: str) -> None:
+        """Refuses a column that readable rows do not have: more likely a wrong name than a corpus of bad rows."""
         rows = self._raw(0, min(_SCHEMA_ROWS, len(self)))
-        return any(raw.record is not None and name in raw.record for *_, raw in rows)
+        records = [raw.record for *_, raw in rows if raw.record is not None]
+        if name is not None and records and not any(name in record for record in records):
+            has = ", ".join(sorted({key for record in records[:10] for key in record})) or "none of those asked for"
+            raise ValueError(
+                f"no row among the first {_SCHEMA_ROWS} holds the column {name!r} of {option}; of those asked for, "
+                f"rows hold: {has}"
+            )
 
     def _find_duplicates(self) -> dict[int, str]:
         """Rows whose id an earlier row has, by number, with the place of the first; one pass, 8 bytes per row."""
@@ -249,10 +257,12 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _json_type(values: list[Any]) -> pa.DataType:
-    kinds = {type(value) for value in values}
-    if kinds and kinds <= {int, float}:
-        return pa.float64() if float in kinds else pa.int64()
-    return pa.bool_() if values and type(values[0]) is bool else pa.string()
+    """The type of most values: one odd value is an error of its row, never of all the others."""
+    numbers = [value for value in values if type(value) in (int, float)]
+    if 2 * len(numbers) > len(values):
+        return pa.float64() if any(type(value) is float for value in numbers) else pa.int64()
+    flags = sum(type(value) is bool for value in values)
+    return pa.bool_() if 2 * flags > len(values) else pa.string()
 
 
 def _plain(value: Any, kind: pa.DataType) -> Any:

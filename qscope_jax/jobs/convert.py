@@ -94,6 +94,7 @@ def _convert(config: Config, judge: "_Judge", source: Source, layer: int | None)
     path = config.out / name
     dtype = config.dtype or opened.stored.w_enc.array.dtype.name
     if path.exists() and _is_complete(path, expected, dtype):
+        _check_same_weights(path, cast_sae(read_sae(opened, k=config.k, dtype=None), dtype))
         return name, {"dtype": dtype, "bytes": path.stat().st_size}, True
     sae = read_sae(opened, k=config.k, dtype=None)
     facts: dict[str, Any] = {"dtype": dtype}
@@ -103,6 +104,13 @@ def _convert(config: Config, judge: "_Judge", source: Source, layer: int | None)
         sae = rounded
     save_sae(sae, path.parent, format=config.to)
     return name, {**facts, "bytes": path.stat().st_size, "sha256": sae_sha256(sae)}, False
+
+
+def _check_same_weights(path: Path, wanted: Sae) -> None:
+    """Refuses to keep a file that another set of the same name and shape left behind."""
+    there = read_sae(open_sae(path), k=wanted.config.k, dtype=None)
+    if sae_sha256(there) != sae_sha256(wanted):
+        raise FormatError(f"{path} is there and holds other weights; choose another --out or delete it")
 
 
 class _Judge:

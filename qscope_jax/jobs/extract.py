@@ -149,6 +149,10 @@ def run(config: Config) -> None:
             target = Target(config.out, info, sources.corpus.schema)
             make_parts(target, parts, loaded, progress=job.progress, stopping=lambda: job.stopping)
             job.record(device=devices(), compilations=loaded.step.compilations, shapes=loaded.step.shapes)
+        else:  # the manifest goes on saying what made the files
+            job.record(
+                **{name: job.earlier[name] for name in ("device", "compilations", "shapes") if name in job.earlier}
+            )
         _conclude(config, job, info, mine, shards)
 
 
@@ -241,8 +245,15 @@ def _settings(
 def _layers(config: Config, sae: Source) -> tuple[int, ...]:
     if len(set(config.layers)) != len(config.layers):
         raise ValueError(f"--layers {' '.join(map(str, config.layers))}: a layer is named twice")
-    if config.layers or sae.kind in ("demo", "folder", "file"):
-        return tuple(sorted(config.layers)) or layers_of(sae)
+    if config.layers:
+        return tuple(sorted(config.layers))
+    if not layers_of(sae):
+        raise ValueError(
+            f"{sae}: no SAE whose file name tells its layer (layer{{n}}.sae.pt and the like); name the folder that holds "
+            "the SAEs, or say which layer with --layers"
+        )
+    if sae.kind in ("demo", "folder", "file"):
+        return layers_of(sae)
     raise ValueError(f"{sae} holds SAEs of layers {', '.join(map(str, layers_of(sae)))}: choose with --layers")
 
 

@@ -10,6 +10,7 @@ with Run("extract", config, config.out) as run:
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qscope_jax.files.atomic import write_json
+from qscope_jax.files.atomic import write_json, write_text
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is broken, the same command goes on from here.
 PACKAGES = (
@@ -82,8 +83,10 @@ class Run:
         self._started, self._stop, self._old_handlers = time.time(), threading.Event(), {}
         self._began = time.monotonic()
         self._meter: _Meter | None = None
+        self._before: tuple[Path, str] | None = None  # the manifest that was there, with its text
 
     def __enter__(self) -> "Run":
+        self._before = self._read_before()
         self._write("running")
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,10 +101,17 @@ class Run:
         if isinstance(error, Interrupted):
             self._write("interrupted", reason=error.message)
             say(f"{self.command}: stopped. {error.message}. The same command goes on from here.")
+        elif error is not None and self._before is not None and self._meter is None:
+            write_text(self._before[0], self._before[1])  # refused before any work: what is there stays described
         elif error is not None:
             self._write("failed", reason=f"{kind.__name__}: {error}")
         else:
             self._write("complete")
+
+    @property
+    def earlier(self) -> dict[str, Any]:
+        """The manifest that an earlier run left in the folder, or nothing."""
+        return json.loads(self._before[1]) if self._before else {}
 
     @property
     def stopping(self) -> bool:
@@ -139,6 +149,10 @@ class Run:
             signal.signal(other, signal.SIG_DFL)
         name = signal.Signals(number).name
         os.write(2, f"\n{self.command}: {name}: saving what is done; a second signal stops at once\n".encode())
+
+    def _read_before(self) -> tuple[Path, str] | None:
+        path = self.out / self.manifests[0] if self.out is not None else None
+        return (path, path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
 
     def _write(self, state: str, **more: Any) -> None:
         if self.out is None:

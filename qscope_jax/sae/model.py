@@ -5,6 +5,7 @@
 No decoder bias is subtracted from the input and nothing is normalised (Qwen-Scope model cards; report §2.2).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,6 +47,8 @@ class SaeConfig:
     def __post_init__(self):
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k = {self.k} does not lie in 1..d_sae = {self.d_sae}")
+        if self.sink_threshold is not None and not 0 < self.sink_threshold < math.inf:
+            raise ValueError(f"sink_threshold = {self.sink_threshold} is not a positive, finite norm")
 
 
 class Sae(NamedTuple):

@@ -319,3 +319,21 @@ def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
     assert open_corpus([str(one)]).fingerprint() == open_corpus([str(two)]).fingerprint()
     write(two, "a.jsonl", lines({"text": "b"}))
     assert open_corpus([str(one)]).fingerprint() != open_corpus([str(two)]).fingerprint()
+
+
+def test_one_odd_value_in_a_carried_column_costs_its_own_row_alone(tmp_path):
+    rows = [{"text": "x", "year": 2000 + i} for i in range(20)]
+    rows[3]["year"] = "unknown"
+    path = write(tmp_path, "a.jsonl", lines(*rows))
+    documents, bad = everything(open_corpus([path], Fields(keep=("year",))))
+    assert [d.kept for d in documents] == [(2000 + i,) for i in range(20) if i != 3]
+    assert [row.line for row in bad] == [4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "option"), [(Fields(text="body"), "--text-field"), (Fields(id="uid"), "--id-field")]
+)
+def test_a_column_that_no_row_has_is_a_wrong_name_and_not_a_corpus_of_bad_rows(tmp_path, fields, option):
+    path = write(tmp_path, "a.jsonl", lines({"text": "one"}, {"text": "two"}))
+    with pytest.raises(ValueError, match=f"of {option}"):
+        open_corpus([path], fields)

@@ -140,7 +140,17 @@ class TestRerun:
             FormatError, match=r"is there and has dtype 'float32', not 'bfloat16'; choose another --out"
         ):
             convert.run(convert.Config(str(source), "safetensors", tmp_path / "out", dtype="bfloat16"))
-        assert manifest(tmp_path / "out")["state"] == "failed"
+        assert manifest(tmp_path / "out")["state"] == "complete", "what is there stays described"
+
+    def test_files_of_another_set_of_the_same_name_are_not_kept(self, tmp_path):
+        for folder, seed in (("A", 1), ("B", 2)):
+            sae = init_sae(jax.random.key(seed), SaeConfig(16, 64, 4, layer=0))
+            save_sae(sae, tmp_path / folder / "saes", format="qwen-scope")
+        convert.run(convert.Config(str(tmp_path / "A/saes"), "safetensors", tmp_path / "out"))
+        before = contents(tmp_path / "out")
+        with pytest.raises(FormatError, match="holds other weights; choose another --out"):
+            convert.run(convert.Config(str(tmp_path / "B/saes"), "safetensors", tmp_path / "out"))
+        assert contents(tmp_path / "out") == before
 
     def test_files_of_another_source_are_not_mixed_in(self, tmp_path, source):
         other = make(5)

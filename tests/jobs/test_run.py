@@ -47,6 +47,20 @@ def test_a_failed_run_says_why(tmp_path):
     assert "broken input" in manifest(tmp_path)["reason"]
 
 
+def test_a_command_refused_before_any_work_leaves_the_manifest_of_what_is_there(tmp_path):
+    with Run("extract", Settings(), tmp_path) as run:
+        run.progress(rows=1)
+    before = (tmp_path / "manifest.json").read_text()
+    with pytest.raises(ValueError, match="other options"), Run("extract", Settings(layers=(1,)), tmp_path) as run:
+        assert run.earlier["state"] == "complete"
+        raise ValueError("other options")
+    assert (tmp_path / "manifest.json").read_text() == before
+    with pytest.raises(ValueError, match="midway"), Run("extract", Settings(), tmp_path) as run:
+        run.progress(rows=1)
+        raise ValueError("midway")
+    assert manifest(tmp_path)["state"] == "failed"
+
+
 def test_a_signal_asks_once_and_the_old_handlers_come_back(tmp_path):
     def work():
         with Run("extract", Settings(), tmp_path) as run:

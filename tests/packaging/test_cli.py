@@ -201,7 +201,12 @@ def test_every_shipped_recipe_is_understood_by_the_command_in_its_first_line(pat
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("k must be positive, found -1"), FileNotFoundError(2, "No such file", "x.pt")]
+    "error",
+    [
+        ValueError("k must be positive, found -1"),
+        FileNotFoundError(2, "No such file", "x.pt"),
+        FloatingPointError("the residual stream is not finite"),
+    ],
 )
 def test_known_errors_are_one_line_and_unknown_ones_are_not_hidden(job, capsys, error):
     def fail(_):
