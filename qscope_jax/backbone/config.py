@@ -1,6 +1,7 @@
 """What a backbone is: the constants of a checkpoint's config.json, read in its dialects.
 
-No constant has a default here: a missing one is an error, because a guessed one gives a wrong number.
+No number has a default here: a missing one is an error, because a guessed one gives a wrong result. Switches of which
+one value is supported (attention_bias, hidden_act, use_sliding_window) may be absent.
 """
 
 import difflib

@@ -121,7 +121,7 @@ def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "b t c"], sin: Float[Ar
 def attend(q, key, value, ctx: BlockContext, config: ModelConfig) -> Float[Array, "b t k g c"]:
     """Causal attention inside segments over real keys; q [b, t, k, g, c], key and value [b, t, k, c].
 
-    Softmax runs in float32. A pad query sees itself alone, so that its row is finite.
+    Softmax runs in float32. A pad query sees at least itself, so that its row is finite.
     """
     t = q.shape[1]
     if t <= _QUERY_CHUNK:

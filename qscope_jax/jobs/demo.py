@@ -7,7 +7,7 @@ half of the passages and judged on the other -> a table here, and a page with th
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from qscope_jax.explorer.page import write_page
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.extract import DocumentCodes, extract_documents
 from qscope_jax.files.atomic import write_json
-from qscope_jax.jobs.run import Run
+from qscope_jax.files.source import resolve
+from qscope_jax.jobs.run import Run, hash_files
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
 
@@ -69,7 +70,7 @@ def run(config: Config) -> None:
         write_json(config.out / "languages.json", table)
         page = _page(backbone, saes, passages, rows, table, extra)
         write_page(config.out / "index.html", "Qwen-Scope for JAX: what the features see", page)
-        job.record(counts={"texts": len(texts), "layers": len(saes)})
+        job.record(counts={"texts": len(texts), "layers": len(saes)}, hashes={w: _hashes(w) for w in ("model", "sae")})
     print(f"\nThe page with the heatmap: {config.out / 'index.html'}\n\nTry next:")
     for command in next_commands():
         print(f"  {command}")
@@ -82,6 +83,11 @@ def next_commands() -> tuple[str, ...]:
         "qscope extract demo --layers 3 --top 10 --out qscope-out/features",
         "qscope convert demo --to saelens --layers 3 --out qscope-out/saelens",
     )
+
+
+def _hashes(what: Literal["model", "sae"]) -> dict[str, str]:
+    source = resolve("demo", what=what)
+    return hash_files(source.fetch(name) for name in source.names())
 
 
 def _shipped_texts() -> list[dict[str, str]]:

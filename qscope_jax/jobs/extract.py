@@ -27,9 +27,9 @@ from qscope_jax.extract import SINK_TOKENS, check_sae, make_extract_step, measur
 from qscope_jax.extract_folder import Loaded, Target, make_parts
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
-from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle
-from qscope_jax.sae.model import Contract
+from qscope_jax.sae.model import Contract, Sae
 
 _MAX_LENGTH = 4096
 _BATCH_TOKENS = {True: 4096, False: 16_384}
@@ -150,9 +150,8 @@ def run(config: Config) -> None:
             make_parts(target, parts, loaded, progress=job.progress, stopping=lambda: job.stopping)
             job.record(device=devices(), compilations=loaded.step.compilations, shapes=loaded.step.shapes)
         else:  # the manifest goes on saying what made the files
-            job.record(
-                **{name: job.earlier[name] for name in ("device", "compilations", "shapes") if name in job.earlier}
-            )
+            kept = ("device", "compilations", "shapes")
+            job.record(**{name: job.earlier[name] for name in kept if name in job.earlier})
         _conclude(config, job, info, mine, shards)
 
 
@@ -173,6 +172,8 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if config.values and config.per == "document":
+        raise ValueError(f"--values {config.values}: only values per token can be stored so (--per token)")
     if not 0 <= config.min_value < math.inf:
         raise ValueError(f"--min-value {config.min_value}: expected a number of at least 0")
 
@@ -220,7 +221,6 @@ def _settings(
     for name in ("data", "model", "sae", "layers", "out", "k", "keep", "on_error", "shard", "features", "values"):
         del chosen[name]
     widths = {layer: d_sae for layer, (d_sae, _) in shapes.items()}
-    by_token = {"pool": None} if config.per == "token" else {}
     longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
     if not 0 <= config.overlap < longest:
         raise ValueError(f"--overlap {config.overlap}: expected at least 0 and less than the longest row, {longest}")
@@ -229,7 +229,6 @@ def _settings(
     return plain(
         {
             **chosen,
-            **by_token,
             "layers": list(shapes),
             "shapes": {layer: {"d_sae": d_sae, "k": k} for layer, (d_sae, k) in shapes.items()},
             "features": None if config.features is None else read_features(config.features, widths),
@@ -238,6 +237,7 @@ def _settings(
             "batch_tokens": config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
             # A shape costs a compilation, which a small corpus never earns back in padding.
             "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
+            **({"pool": None} if config.per == "token" else {"values": "float32"}),
         }
     )
 
@@ -248,10 +248,7 @@ def _layers(config: Config, sae: Source) -> tuple[int, ...]:
     if config.layers:
         return tuple(sorted(config.layers))
     if not layers_of(sae):
-        raise ValueError(
-            f"{sae}: no SAE whose file name tells its layer (layer{{n}}.sae.pt and the like); name the folder that holds "
-            "the SAEs, or say which layer with --layers"
-        )
+        raise ValueError(f"{sae}: no file is called like layer3.sae.pt; name the folder of SAEs, or give --layers")
     if sae.kind in ("demo", "folder", "file"):
         return layers_of(sae)
     raise ValueError(f"{sae} holds SAEs of layers {', '.join(map(str, layers_of(sae)))}: choose with --layers")
@@ -278,14 +275,17 @@ def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
 def _load(config: Config, sources: Sources) -> Loaded:
     dtype, contract = _ARITHMETIC[config.precision]
     backbone = load_backbone(config.model, dtype=dtype)
-    saes = load_saes(sources.sae, tuple(sources.shapes), k=config.k, dtype=dtype)
+    saes = tuple(_encoder(load_sae(sources.sae, layer, k=config.k, dtype=dtype)) for layer in sources.shapes)
     for path, stamp in sources.stamps.items():
         if _stamp(path) != stamp:
             raise ValueError(f"{path} was replaced while this command began; run it again")
-    # Decoders are half of an SAE's memory, and encoding never reads them.
-    encoders = tuple(sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0])) for sae in saes.values())
-    step = make_extract_step(backbone.config, tuple(saes), contract=contract)
-    return Loaded(backbone.params, encoders, step)
+    step = make_extract_step(backbone.config, tuple(sources.shapes), contract=contract)
+    return Loaded(backbone.params, saes, step)
+
+
+def _encoder(sae: Sae) -> Sae:
+    """The SAE without its decoder: half of its memory, which encoding never reads."""
+    return sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0]))
 
 
 def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, Any]) -> dict[str, Any]:

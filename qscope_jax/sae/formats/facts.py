@@ -5,7 +5,7 @@ another: where two differ, loading stops and both are named. Only an explicit k 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.sae.model import SaeConfig
@@ -63,7 +63,7 @@ def settle(where: str, facts: Sequence[Facts], *, k: int | None = None) -> SaeCo
         layer=layer,
         backbone=_first(facts, "backbone"),
         source=_first(facts, "source"),
-        sink_threshold=_first(facts, "sink_threshold"),
+        sink_threshold=_agreed(where, facts, "sink_threshold"),
     )
 
 
@@ -84,7 +84,7 @@ def origins_of(facts: Sequence[Facts], field: str) -> dict:
     return found
 
 
-def _agreed(where: str, facts: Sequence[Facts], field: str) -> int | None:
+def _agreed(where: str, facts: Sequence[Facts], field: str) -> Any:
     found = origins_of(facts, field)
     if len(found) > 1:
         sides = ", but ".join(f"{value} according to {' and '.join(origins)}" for value, origins in found.items())
