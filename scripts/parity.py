@@ -19,7 +19,7 @@ from qscope_jax.backbone.forward import check_tokens
 from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.files.source import resolve
 from qscope_jax.sae.formats import layers_of
-from qscope_jax.sae.quality import init_quality, summarize, update_quality
+from qscope_jax.sae.quality import init_quality, sink_threshold, summarize, update_quality
 
 PROMPTS = ("The capital of Japan is", "The capital of France is")
 TEXT = (
@@ -77,14 +77,16 @@ def main(config: Config) -> None:
     fast, _, _ = read_ours(config, layers, documents, "bfloat16")
     torch_side = read_torch(config, layers, documents, saes)
     print(f"{len(documents[0])} tokens, {backbone_config.num_layers} layers, k = {saes[layers[0]].config.k}\n")
-    print("layer  rel. L2 torch  indices torch   indices fast      FVU   cosine")
+    print("layer  rel. L2 torch  indices torch   indices fast      FVU   cosine  FVU without sinks")
     for i, layer in enumerate(layers):
-        quality = measure(saes[layer], ours[0].residual[i])
+        quality, kept = (measure(saes[layer], ours[0].residual[i], without_sinks=flag) for flag in (False, True))
         against = "            -              -"
         if torch_side:
             against = f"{relative_l2(ours[0], torch_side[0], i):>15.2e} {agreement(ours[0], torch_side[0], i):>14.4%}"
         fvu, cosine = quality["fvu"], quality["cosine"]
-        print(f"{layer:>5}{against} {agreement(ours[0], fast[0], i):>14.2%} {fvu:>8.4f} {cosine:>8.4f}")
+        print(
+            f"{layer:>5}{against} {agreement(ours[0], fast[0], i):>14.2%} {fvu:>8.4f} {cosine:>8.4f} {kept['fvu']:>18.4f}"
+        )
     print_published(config, tokenizer, layers, documents, ours)
 
 
@@ -118,7 +120,8 @@ def read_torch(config: Config, layers: tuple[int, ...], documents: list[np.ndarr
     place = resolve(config.model, what="model")
     for name in place.names():
         if name.endswith((".json", ".safetensors")):
-            folder = place.fetch(name).parent
+            place.fetch(name)
+    folder = place.fetch("config.json").parent
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     caught: dict[int, Any] = {}
     for layer in layers:
@@ -159,8 +162,10 @@ def agreement(a: Reading, b: Reading, i: int) -> float:
     return float((both.any(axis=1) & active).sum() / max(active.sum(), 1))
 
 
-def measure(sae: Sae, residual: np.ndarray) -> dict[str, float]:
-    return summarize(jax.jit(update_quality)(init_quality(sae.config), sae, jnp.asarray(residual, jnp.float32)))
+def measure(sae: Sae, residual: np.ndarray, *, without_sinks: bool) -> dict[str, float]:
+    x = jnp.asarray(residual, jnp.float32)
+    limit = sink_threshold(np.linalg.norm(residual, axis=-1)) if without_sinks else float("inf")
+    return summarize(jax.jit(update_quality)(init_quality(sae.config), sae, x, sink_threshold=limit))
 
 
 def print_published(config: Config, tokenizer: Any, layers: tuple[int, ...], documents, ours: list[Reading]) -> None:
