@@ -83,10 +83,8 @@ def main(config: Config) -> None:
         against = "            -              -"
         if torch_side:
             against = f"{relative_l2(ours[0], torch_side[0], i):>15.2e} {agreement(ours[0], torch_side[0], i):>14.4%}"
-        fvu, cosine = quality["fvu"], quality["cosine"]
-        print(
-            f"{layer:>5}{against} {agreement(ours[0], fast[0], i):>14.2%} {fvu:>8.4f} {cosine:>8.4f} {kept['fvu']:>18.4f}"
-        )
+        figures = f"{quality['fvu']:>8.4f} {quality['cosine']:>8.4f} {kept['fvu']:>18.4f}"
+        print(f"{layer:>5}{against} {agreement(ours[0], fast[0], i):>14.2%} {figures}")
     print_published(config, tokenizer, layers, documents, ours)
 
 

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "parity.py"
 
 
 def compare(*arguments: str) -> list[list[str]]:
-    """The rows of the table: layer, relative L2, indices against torch, indices of the fast mode, FVU, cosine, FVU without sinks."""
+    """Rows of the table: layer, relative L2, indices of torch, of the fast mode, FVU, cosine, FVU without sinks."""
     path = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     done = subprocess.run(
         [sys.executable, "-P", str(SCRIPT), "demo", "demo", *arguments],
