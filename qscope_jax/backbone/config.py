@@ -117,7 +117,7 @@ def read_config(path: Path, *, precision: Precision = "highest") -> ModelConfig:
       ConfigError: the file is no JSON object, repeats a key, or `ModelConfig.from_hf` refuses it.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable config.json ({error})") from None
     if not isinstance(raw, dict):
@@ -125,7 +125,8 @@ def read_config(path: Path, *, precision: Precision = "highest") -> ModelConfig:
     return ModelConfig.from_hf(raw, precision=precision, where=str(path))
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object hook that refuses what `json` would settle silently by taking the last value."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [key for key, _ in pairs]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qscope_jax.backbone.config import ModelConfig, Precision, read_config
+from qscope_jax.backbone.config import ModelConfig, Precision, read_config, unique_keys
 from qscope_jax.backbone.forward import Params
 from qscope_jax.backbone.tables import HEAD, Tensor, checkpoint_tensors, from_stored, leaf_of, to_stored
 from qscope_jax.files.atomic import write_json
@@ -146,13 +146,8 @@ def _open_files(place: Source, faults: list[str]) -> Iterator[TensorFile]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    def unique(pairs):
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key is given twice")
-        return dict(pairs)
-
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
         if not all(isinstance(shard, str) and shard.endswith(".safetensors") for shard in weight_map.values()):
             raise ValueError("weight_map must map tensor names to .safetensors files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

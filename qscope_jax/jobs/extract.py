@@ -247,11 +247,12 @@ def _layers(config: Config, sae: Source) -> tuple[int, ...]:
         raise ValueError(f"--layers {' '.join(map(str, config.layers))}: a layer is named twice")
     if config.layers:
         return tuple(sorted(config.layers))
-    if not layers_of(sae):
+    held = layers_of(sae)
+    if not held:
         raise ValueError(f"{sae}: no file is called like layer3.sae.pt; name the folder of SAEs, or give --layers")
     if sae.kind in ("demo", "folder", "file"):
-        return layers_of(sae)
-    raise ValueError(f"{sae} holds SAEs of layers {', '.join(map(str, layers_of(sae)))}: choose with --layers")
+        return held
+    raise ValueError(f"{sae} holds SAEs of layers {', '.join(map(str, held))}: choose with --layers")
 
 
 def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
