@@ -4,40 +4,85 @@ No number has a default here: a missing one is an error, because a guessed one g
 one value is supported (attention_bias, hidden_act, use_sliding_window) may be absent.
 """
 
-import difflib
-import json
-import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from qscope_jax.backbone.config_reader import ConfigError, Reader, read_object
+
 Precision = Literal["highest", "default"]
-LayerKind = Literal["full"]
+LayerKind = Literal["linear", "full"]
 
 # Keys that do not change the forward pass of a text model in inference or training.
 _INERT_KEYS = frozenset(
     {
-        "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+        "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
         "id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_window_layers", "model_type",
         "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
-        "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
-        "attn_implementation", "sliding_window", "unk_token_id"
+        "torch_dtype", "transformers_version", "use_cache", "_name_or_path", "attn_implementation", "sliding_window",
+        "unk_token_id", "router_aux_loss_coef", "output_router_logits", "mamba_ssm_dtype", "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings"
     }
 )  # fmt: skip
+# Switches of which we run one value.
+_EXPECTED = {
+    "attention_bias": (False,), "hidden_act": ("silu",), "use_sliding_window": (False,), "attn_output_gate": (True,),
+    "mlp_only_layers": ([], None), "decoder_sparse_step": (1,), "output_gate_type": (),
+}  # fmt: skip
+# config.json key -> field
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_LINEAR = {
+    "linear_num_key_heads": "num_key_heads",
+    "linear_num_value_heads": "num_value_heads",
+    "linear_key_head_dim": "key_dim",
+    "linear_value_head_dim": "value_dim",
+    "linear_conv_kernel_dim": "conv_width",
+}
+_MOE = {"num_experts": "num_experts", "num_experts_per_tok": "num_active", "moe_intermediate_size": "intermediate_size"}
 _READ_KEYS = frozenset(
     {
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-        "layer_types", "attention_bias", "hidden_act", "use_sliding_window", "quantization_config"
+        *_SIZES, *_LINEAR, *_MOE, *_EXPECTED, "num_local_experts", "shared_expert_intermediate_size", "norm_topk_prob",
+        "intermediate_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+        "layer_types", "full_attention_interval", "quantization_config", "tie_word_embeddings", "eos_token_id"
     }
 )  # fmt: skip
+# model_type of a file -> family; Qwen3.5 files nest the text model in text_config or hold it alone.
+_FAMILIES = {
+    "qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "qwen3_5": "qwen3_5", "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe", "qwen3_5_moe_text": "qwen3_5_moe",
+}  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A model config that cannot be run exactly; the message names each reason."""
+@dataclass(frozen=True)
+class LinearConfig:
+    """Gated DeltaNet layers: key heads i, value heads j (each key head serves j / i), and their widths."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Mixture of experts in every layer: `num_active` of `num_experts` per token, and a shared expert in Qwen3.5."""
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    shared_intermediate_size: int | None
+    normalise: bool
 
 
 @jax.tree_util.register_static
@@ -45,7 +90,9 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Constants of one backbone; static under `jit`. Letters as in the README: d, l, h, k, c, m, v.
 
-    `layer_types` names the mixer of every layer; `precision` is read by every matmul ("highest" = float32 parity).
+    `model_type` is the family: qwen3, qwen3_moe, qwen3_5 or qwen3_5_moe. `layer_types` names the mixer of every layer;
+    `intermediate_size` is None where `moe` takes the place of the MLP; the first `rotary_dim` dimensions of a head
+    turn; `precision` is read by every matmul ("highest" = float32 parity).
     """
 
     model_type: str
@@ -55,12 +102,15 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    rotary_dim: int
+    intermediate_size: int | None
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
     layer_types: tuple[LayerKind, ...]
+    linear: LinearConfig | None
+    moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
     precision: Precision
 
@@ -77,37 +127,68 @@ class ModelConfig:
     def num_periods(self) -> int:
         return self.num_layers // len(self.period)
 
+    @property
+    def hybrid(self) -> bool:
+        """Qwen3.5: besides linear layers it has zero-centred norms and gated attention outputs."""
+        return self.linear is not None
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any], *, precision: Precision = "highest", where: str = "config") -> "ModelConfig":
-        """Reads the dictionary of a Hugging Face config.json.
+        """Reads the dictionary of a Hugging Face config.json, nested in text_config or flat.
 
         Raises:
           ConfigError: lists every unknown model or rope type, missing or malformed constant and unsupported setting.
         """
-        return _Reader(raw, where).read(precision)
+        text = raw.get("text_config", raw)
+        if not isinstance(text, dict):
+            raise ConfigError(f"{where}: text_config is {type(text).__name__}, expected an object")
+        named = [raw.get("model_type"), *([text.get("model_type", raw.get("model_type"))] if text is not raw else [])]
+        families = {_FAMILIES.get(name) if isinstance(name, str) else None for name in named}
+        family = families.pop()
+        if families or family is None:
+            known = ", ".join(map(repr, _FAMILIES))
+            raise ConfigError(f"{where}: model_type {named[0]!r} is not supported; supported: {known}")
+        reader = Reader(text, raw, family, where)
+        fields = _fields(reader, family)
+        reader.raise_faults()
+        return cls(model_type=family, precision=precision, **fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json, in the released Qwen3 dialect, that `transformers` builds the same model from."""
-        return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
+        """The config.json that `transformers` builds the same text model from.
+
+        Qwen3 in the released dialect; Qwen3.5 as the text model alone, which has no released file.
+        """
+        common = {
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type + ("_text" if self.hybrid else ""),
+            **{key: getattr(self, field) for key, field in _SIZES.items()},
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
             "attention_bias": False,
             "hidden_act": "silu",
-            "use_sliding_window": False,
             "eos_token_id": list(self.eos_token_ids) if len(self.eos_token_ids) != 1 else self.eos_token_ids[0],
         }
+        if self.intermediate_size is not None:
+            common["intermediate_size"] = self.intermediate_size
+        if self.moe is not None:
+            common |= {key: getattr(self.moe, field) for key, field in _MOE.items()}
+        if self.linear is None:
+            norm = {"norm_topk_prob": self.moe.normalise, "decoder_sparse_step": 1} if self.moe else {}
+            return common | {"rope_theta": self.rope_theta, "rope_scaling": None, "use_sliding_window": False} | norm
+        common |= {key: getattr(self.linear, field) for key, field in _LINEAR.items()}
+        if self.moe is not None and self.moe.shared_intermediate_size is not None:
+            common["shared_expert_intermediate_size"] = self.moe.shared_intermediate_size
+        share = self.rotary_dim / self.head_dim
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": share}
+        return common | {"layer_types": [f"{kind}_attention" for kind in self.layer_types], "rope_parameters": rope}
+
+
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+}
 
 
 def read_config(path: Path, *, precision: Precision = "highest") -> ModelConfig:
@@ -116,142 +197,44 @@ def read_config(path: Path, *, precision: Precision = "highest") -> ModelConfig:
     Raises:
       ConfigError: the file is no JSON object, repeats a key, or `ModelConfig.from_hf` refuses it.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable config.json ({error})") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return ModelConfig.from_hf(raw, precision=precision, where=str(path))
+    return ModelConfig.from_hf(read_object(path), precision=precision, where=str(path))
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object hook that refuses what `json` would settle silently by taking the last value."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"key given twice: {sorted({n for n in names if names.count(n) > 1})}")
-    return result
+def _fields(reader: Reader, family: str) -> dict[str, Any]:
+    """Every field of `ModelConfig` but the family and the precision."""
+    hybrid, moe = family.startswith("qwen3_5"), family.endswith("moe")
+    reader.refuse(_EXPECTED)
+    reader.warn_unknown(_READ_KEYS | _INERT_KEYS)
+    fields: dict[str, Any] = {field: reader.number(key) for key, field in _SIZES.items()}
+    fields["intermediate_size"] = None if moe else reader.number("intermediate_size")
+    fields["rope_theta"] = reader.rope_theta()
+    fields["rms_norm_eps"] = reader.number("rms_norm_eps", float)
+    fields["tie_word_embeddings"] = reader.flag("tie_word_embeddings")
+    kinds = {"linear_attention": "linear"} if hybrid else {}
+    fields["layer_types"] = reader.layer_types(fields["num_layers"], kinds | {"full_attention": "full"})
+    fields["eos_token_ids"] = reader.eos()
+    share = 0.25 if hybrid else 1.0
+    fields["rotary_dim"] = reader.rotary_dim(fields["head_dim"], default=share, fixed=not hybrid)
+    fields["linear"] = _linear(reader) if hybrid else None
+    fields["moe"] = _moe(reader, shared=hybrid) if moe else None
+    if not reader.faults and fields["num_heads"] % fields["num_kv_heads"]:
+        reader.faults.append("num_attention_heads is not a multiple of num_key_value_heads")
+    return fields
 
 
-class _Reader:
-    """Reads keys one by one and collects every fault, so that all are reported together."""
-
-    def __init__(self, raw: dict[str, Any], where: str):
-        self.raw = raw
-        self.where = where
-        self.faults: list[str] = []
-
-    def read(self, precision: Precision) -> ModelConfig:
-        model_type = self.raw.get("model_type")
-        if model_type != "qwen3":
-            raise ConfigError(f"{self.where}: model_type {model_type!r} is not supported; supported: 'qwen3'")
-        self._refuse_unsupported()
-        sizes = {key: self._number(key, int) for key in _SIZES}
-        layers, theta = sizes["num_hidden_layers"], self._rope_theta()
-        eps, tied = self._number("rms_norm_eps", float), self._tied()
-        kinds, eos = self._layer_types(layers), self._eos()
-        if not self.faults and sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
-            self.faults.append("num_attention_heads is not a multiple of num_key_value_heads")
-        if not self.faults and sizes["head_dim"] % 2:
-            self.faults.append(f"head_dim = {sizes['head_dim']} is odd; rotary embeddings turn pairs")
-        if self.faults:
-            raise ConfigError(f"{self.where}: " + "; ".join(self.faults))
-        return ModelConfig(
-            model_type, **{_SIZES[key]: value for key, value in sizes.items()}, rms_norm_eps=eps, rope_theta=theta,
-            tie_word_embeddings=tied, layer_types=kinds, eos_token_ids=eos, precision=precision,
-        )  # fmt: skip
-
-    def _refuse_unsupported(self) -> None:
-        expected = {"attention_bias": (False,), "hidden_act": ("silu",), "use_sliding_window": (False,)}
-        for key, allowed in expected.items():
-            if self.raw.get(key, allowed[0]) not in allowed:
-                self.faults.append(f"{key} = {self.raw[key]!r} is not supported (expected {allowed[0]!r})")
-        if self.raw.get("quantization_config") is not None:
-            self.faults.append("quantised checkpoints are not supported (quantization_config is set)")
-        for key in sorted(set(self.raw) - _INERT_KEYS - _READ_KEYS):
-            close = difflib.get_close_matches(key, _READ_KEYS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            warnings.warn(f"{self.where}: key {key!r} is unknown and ignored{hint}", stacklevel=5)
-
-    def _number(self, key: str, kind: type) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            self.faults.append(f"{key} is missing")
-            return None
-        if not _is_positive(value, kind):
-            self.faults.append(f"{key} = {value!r} is not a positive {kind.__name__}")
-            return None
-        return kind(value)
-
-    def _rope_theta(self) -> Any:
-        thetas = [self.raw.get("rope_theta")]
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = self.raw.get(key)
-            if rope is None:
-                continue
-            if not isinstance(rope, dict):
-                self.faults.append(f"{key} is {type(rope).__name__}, expected an object")
-                continue
-            kind, partial = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
-            if kind != "default":
-                self.faults.append(f"rope_type {kind!r} is not supported (expected 'default')")
-            if partial != 1.0:
-                self.faults.append(f"partial_rotary_factor = {partial!r} is not supported for qwen3 (expected 1.0)")
-            thetas.append(rope.get("rope_theta"))
-        given = [theta for theta in thetas if theta is not None]
-        if not given:
-            self.faults.append("rope_theta is missing")
-        elif wrong := [theta for theta in given if not _is_positive(theta, float)]:
-            self.faults.append(f"rope_theta = {wrong[0]!r} is not a positive float")
-        elif len(set(given)) > 1:
-            self.faults.append(f"rope_theta is given as {' and as '.join(map(repr, given))}")
-        else:
-            return float(given[0])
-
-    def _tied(self) -> bool:
-        tied = self.raw.get("tie_word_embeddings")
-        if not isinstance(tied, bool):
-            self.faults.append(f"tie_word_embeddings is {tied!r}, expected true or false")
-        return bool(tied)
-
-    def _layer_types(self, layers: int | None) -> tuple[LayerKind, ...]:
-        given = self.raw.get("layer_types")
-        if given is None:
-            return ("full",) * (layers or 0)
-        if not isinstance(given, list):
-            self.faults.append(f"layer_types = {given!r} is not a list")
-            return ()
-        unknown = sorted({str(kind) for kind in given} - {"full_attention"})
-        if unknown:
-            self.faults.append(f"layer_types {unknown} are not supported for qwen3 (expected 'full_attention')")
-        if layers is not None and len(given) != layers:
-            self.faults.append(f"layer_types names {len(given)} layers, num_hidden_layers says {layers}")
-        return ("full",) * len(given)
-
-    def _eos(self) -> tuple[int, ...]:
-        eos = self.raw.get("eos_token_id")
-        ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            self.faults.append(f"eos_token_id = {eos!r} is not an id or a list of ids")
-            return ()
-        return tuple(ids)
+def _linear(reader: Reader) -> LinearConfig:
+    linear = LinearConfig(**{field: reader.number(key) for key, field in _LINEAR.items()})
+    if not reader.faults and linear.num_value_heads % linear.num_key_heads:
+        reader.faults.append("linear_num_value_heads is not a multiple of linear_num_key_heads")
+    return linear
 
 
-def _is_positive(value: Any, kind: type) -> bool:
-    """True for a finite positive number of this kind; JSON's readers accept NaN and Infinity."""
-    good = isinstance(value, int | float) if kind is float else isinstance(value, int)
-    return good and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-# config.json key -> field
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
-}
+def _moe(reader: Reader, *, shared: bool) -> MoeConfig:
+    aliases = {"num_experts": "num_local_experts"}  # what transformers 5 writes for Qwen3 MoE
+    sizes = {field: reader.number(key, alias=aliases.get(key)) for key, field in _MOE.items()}
+    width = reader.number("shared_expert_intermediate_size") if shared else None
+    # Qwen3.5 always normalises; for Qwen3 an absent key means false, as in transformers.
+    normalise = True if shared else reader.flag("norm_topk_prob", default=False)
+    if not reader.faults and sizes["num_active"] > sizes["num_experts"]:
+        reader.faults.append("num_experts_per_tok is greater than num_experts")
+    return MoeConfig(**sizes, shared_intermediate_size=width, normalise=normalise)

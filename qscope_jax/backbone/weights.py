@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qscope_jax.backbone.config import ModelConfig, Precision, read_config, unique_keys
+from qscope_jax.backbone.config import ModelConfig, Precision, read_config
+from qscope_jax.backbone.config_reader import unique_keys
 from qscope_jax.backbone.forward import Params
 from qscope_jax.backbone.tables import HEAD, Tensor, checkpoint_tensors, from_stored, leaf_of, to_stored
 from qscope_jax.files.atomic import write_json

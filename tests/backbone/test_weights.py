@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from qscope_jax.backbone import weights
-from qscope_jax.backbone.config import ConfigError, ModelConfig
+from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.backbone.config_reader import ConfigError
 from qscope_jax.backbone.tables import checkpoint_tensors, from_stored, to_stored
 from qscope_jax.backbone.weights import Backbone, CheckpointError, load_backbone, parameter_shapes, save_backbone
 from qscope_jax.files.errors import SourceError
