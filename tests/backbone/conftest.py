@@ -1,5 +1,8 @@
 """A tiny random model for the backbone's tests, and what fidelity means."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward, init_params
+from qscope_jax.backbone.weights import Backbone, save_backbone
+from qscope_jax.files.tensors import open_tensors
 
 RAW = {
     "model_type": "qwen3",
@@ -67,17 +72,17 @@ def relative_l2(found, expected):
 
 @pytest.fixture(scope="session")
 def check_fidelity():
-    """Asserts that a float32 backbone computes what transformers did, at real positions: residuals, hidden, logits."""
+    """Asserts that a float32 backbone computes what transformers did at the n real tokens; `oracle` as of the maker."""
 
     def check(backbone, tokens, mask, oracle):
         config, layers = backbone.config, tuple(range(backbone.config.num_layers))
         run = jax.jit(forward, static_argnames=("capture", "stop_after", "logits"))
         out = run(backbone.params, config, tokens, mask=mask, capture=layers)
         for layer in layers:
-            error = relative_l2(out.captured[layer][mask], oracle["residuals"][layer][mask])
+            error = relative_l2(out.captured[layer][mask], oracle["residuals"][layer])
             assert error < 1e-5, f"layer {layer}: relative L2 {error:.1e}"
-        assert relative_l2(out.hidden[mask], oracle["hidden"][mask]) < 1e-5
-        assert np.abs(np.asarray(out.logits)[mask] - oracle["logits"][mask]).max() < 3e-5
+        assert relative_l2(out.hidden[mask], oracle["hidden"]) < 1e-5
+        assert np.abs(np.asarray(out.logits)[mask] - oracle["logits"]).max() < 3e-5
         middle = config.num_layers // 2
         cut = run(backbone.params, config, tokens, mask=mask, capture=(middle,), stop_after=middle)
         np.testing.assert_array_equal(cut.captured[0], out.captured[middle])
@@ -98,3 +103,27 @@ def next_token_loss():
         return -jnp.sum(jnp.where(pairs, picked, 0)) / pairs.sum()
 
     return loss
+
+
+@pytest.fixture
+def stored_gradients(next_token_loss, tmp_path):
+    """Gradients of that loss by tensor name and in the layout of a checkpoint: saved as if they were weights."""
+
+    def compute(backbone, tokens, mask):
+        grads = jax.jit(jax.grad(next_token_loss))(backbone.params, backbone.config, tokens, mask)
+        save_backbone(Backbone(backbone.config, grads), tmp_path / "gradients")
+        file = open_tensors(tmp_path / "gradients" / "model.safetensors")
+        return {name: file.array(name) for name in file.names}
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def maker():
+    """The module `scripts/make_goldens.py`; skips without torch."""
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[2] / "scripts" / "make_goldens.py"
+    spec = importlib.util.spec_from_file_location("make_goldens", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
