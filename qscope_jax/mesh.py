@@ -20,6 +20,7 @@ RULES = {
     "key_heads": "model",
     "value_heads": "model",
     "mlp": "model",
+    "shared_mlp": "model",
     "experts": "model",
     "vocab": "model",
     "latents": "model",
@@ -48,17 +49,22 @@ def make_mesh(data: int | None = None, model: int = 1, *, devices: Sequence[Any]
 
 
 def mesh_of(array: jax.Array) -> AnyMesh | None:
-    """The mesh that an array lies on, traced or not; None without one, or if it is a single device."""
+    """The mesh that an array lies on, traced or not.
+
+    None without one, on a mesh of one device, and inside `shard_map`, where every device has an array of its own.
+    """
     mesh = jax.typeof(array).sharding.mesh
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types else mesh
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, fsdp: bool = False) -> PartitionSpec:
     """How an array with these logical axes lies on the mesh.
 
     Raises:
-      MeshError: a mesh axis does not divide the dimension it would split.
+      MeshError: a mesh axis does not divide the dimension it would split, or the mesh lacks an axis.
     """
+    if missing := {"data", "model"} - set(mesh.axis_names):
+        raise MeshError(f"the mesh has the axes {mesh.axis_names}, not {sorted(missing)}; make it with make_mesh")
     rules = RULES | ({"embed": "data"} if fsdp else {})
     places: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):

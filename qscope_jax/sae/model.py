@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from qscope_kernels.sparse_decode import sparse_decode
+from qscope_kernels.sparse_decode.sharded import sparse_decode_sharded
 from qscope_kernels.topk_encode import topk_encode
+from qscope_kernels.topk_encode.sharded import topk_encode_sharded
+
+from qscope_jax.mesh import RULES, AnyMesh, mesh_of, partition
 
 Contract = Literal["exact", "fast"]
 
@@ -25,6 +29,11 @@ class SaeParams(NamedTuple):
     b_enc: Float[Array, "f"]
     w_dec: Float[Array, "f d"]
     b_dec: Float[Array, "d"]
+
+
+# Logical axes of the parameters, for `qscope_jax.mesh`.
+AXES = {"w_enc": ("embed", "latents"), "b_enc": ("latents",), "w_dec": ("latents", "embed"), "b_dec": ("embed",)}
+_MESH_AXES = {"data": RULES["batch"], "model": RULES["latents"]}
 
 
 @jax.tree_util.register_static
@@ -79,6 +88,8 @@ def init_sae(key: jax.Array, config: SaeConfig, *, dtype=jnp.float32) -> Sae:
 def encode(sae: Sae, x: Float[Array, "*n d"], *, contract: Contract = "exact", impl: str | None = None) -> SparseCode:
     """The k largest positive pre-activations of every vector, as a `SparseCode` of float32 values and int32 indices.
 
+    With weights on a mesh, vectors are split over "data" and latents over "model"; the code equals that of one device.
+
     Args:
       sae: weights and k.
       x: residual vectors [..., d], in the raw units of the residual stream.
@@ -87,16 +98,32 @@ def encode(sae: Sae, x: Float[Array, "*n d"], *, contract: Contract = "exact", i
 
     Raises:
       ValueError: the last axis of `x` is not the SAE's d_model.
+      MeshError: the mesh axis "data" does not divide the number of vectors.
     """
     _check_width("x", x, sae.config.d_model, "d_model")
-    p = sae.params
-    return SparseCode(*topk_encode(x, p.w_enc, p.b_enc, k=sae.config.k, contract=contract, impl=impl))
+    p, k, mesh = sae.params, sae.config.k, mesh_of(sae.params.w_enc)
+    if mesh is None:
+        return SparseCode(*topk_encode(x, p.w_enc, p.b_enc, k=k, contract=contract, impl=impl))
+    _check_count(x, mesh)
+    options = {"mesh": mesh, **_MESH_AXES, "contract": contract, "impl": impl}
+    return SparseCode(*topk_encode_sharded(x, p.w_enc, p.b_enc, k=k, **options))
 
 
 def decode(sae: Sae, code: SparseCode, *, impl: str | None = None) -> Float[Array, "*n d"]:
-    """The reconstruction a @ w_dec + b_dec of a code, float32 [..., d]."""
-    p = sae.params
-    return sparse_decode(code.values, code.indices, p.w_dec, impl=impl) + p.b_dec.astype(jnp.float32)
+    """The reconstruction a @ w_dec + b_dec of a code, float32 [..., d].
+
+    With weights on a mesh, codes are split over "data" and decoder rows over "model".
+
+    Raises:
+      MeshError: the mesh axis "data" does not divide the number of codes.
+    """
+    p, (values, indices), mesh = sae.params, code, mesh_of(sae.params.w_dec)
+    if mesh is None:
+        x_hat = sparse_decode(values, indices, p.w_dec, impl=impl)
+    else:
+        _check_count(values, mesh)
+        x_hat = sparse_decode_sharded(values, indices, p.w_dec, mesh=mesh, **_MESH_AXES, impl=impl)
+    return x_hat + p.b_dec.astype(jnp.float32)
 
 
 def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*n f"]:
@@ -124,3 +151,7 @@ def from_dense(z: Float[Array, "*n f"], k: int) -> SparseCode:
 def _check_width(name: str, x: jax.Array, expected: int, what: str) -> None:
     if x.ndim == 0 or x.shape[-1] != expected:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; its last axis must be {what} = {expected} of the SAE")
+
+
+def _check_count(x: jax.Array, mesh: AnyMesh) -> None:
+    partition(("batch",), (math.prod(x.shape[:-1]),), mesh)

@@ -21,8 +21,13 @@ def sparse_decode(
     Raises:
       ValueError: `values` and `indices` differ in shape, or `impl` is unknown.
     """
-    if values.shape != indices.shape:
-        raise ValueError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape")
+    check_code(values, indices)
     k = values.shape[-1]
     out = pick("sparse_decode", _IMPLEMENTATIONS, impl)(values.reshape(-1, k), indices.reshape(-1, k), w_dec)
     return out.reshape(*values.shape[:-1], w_dec.shape[1])
+
+
+def check_code(values: Array, indices: Array) -> None:
+    """Raises ValueError where values and indices do not belong together."""
+    if values.shape != indices.shape:
+        raise ValueError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape")

@@ -31,11 +31,16 @@ def topk_encode(
     Raises:
       ValueError: k is not in 1..f, or `contract` or `impl` is unknown.
     """
-    if not 0 < k <= w_enc.shape[1]:
-        raise ValueError(f"k = {k} does not lie in 1..{w_enc.shape[1]}, the number of latents")
-    if contract not in ("exact", "fast"):
-        raise ValueError(f"contract = {contract!r}; expected 'exact' or 'fast'")
+    check_choice(k, w_enc.shape[1], contract)
     flat = x.reshape(-1, x.shape[-1])
     values, indices = pick("topk_encode", _IMPLEMENTATIONS, impl)(flat, w_enc, b_enc, k=k)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
+
+
+def check_choice(k: int, latents: int, contract: str) -> None:
+    """Raises ValueError for a k or a contract that no encoder has."""
+    if not 0 < k <= latents:
+        raise ValueError(f"k = {k} does not lie in 1..{latents}, the number of latents")
+    if contract not in ("exact", "fast"):
+        raise ValueError(f"contract = {contract!r}; expected 'exact' or 'fast'")

@@ -1,0 +1,57 @@
+"""topk_encode over a mesh: every device ranks its own latents, only the candidates travel, and their merge is exact.
+
+The k largest of all latents are among the k largest of each shard; shards are merged in the order of their latents, so
+that ties still go to the lowest index. Neither w_enc nor [tokens, latents] is ever gathered, in the gradient neither.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qscope_kernels.topk_encode import check_choice, topk_encode
+
+
+def topk_encode_sharded(
+    x: Float[Array, "*n d"],
+    w_enc: Float[Array, "d f"],
+    b_enc: Float[Array, "f"],
+    *,
+    k: int,
+    mesh: Mesh | AbstractMesh,
+    data: str,
+    model: str,
+    contract: Literal["exact", "fast"] = "exact",
+    impl: str | None = None,
+) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
+    """`topk_encode` with tokens split over the mesh axis `data` and latents over `model`; equal to it, ties included.
+
+    The result is split over `data` and whole on every device along `model`. [tokens, shards * k] candidates travel.
+
+    Raises:
+      ValueError: see `topk_encode`; or an axis does not divide the tokens or the latents.
+    """
+    check_choice(k, w_enc.shape[1], contract)
+
+    def candidates(x, w_enc, b_enc):
+        mine = w_enc.shape[1]
+        values, indices = topk_encode(x, w_enc, b_enc, k=min(k, mine), contract=contract, impl=impl)
+        indices += jax.lax.axis_index(model) * mine
+        values, indices = (
+            jax.lax.all_gather(part, model, axis=1, tiled=True, to="invarying") for part in (values, indices)
+        )
+        best, slots = jax.lax.top_k(values, k)
+        return best, jnp.take_along_axis(indices, slots, axis=1)
+
+    tokens = PartitionSpec(data, None)
+    encode = jax.shard_map(
+        candidates,
+        mesh=mesh,
+        in_specs=(tokens, PartitionSpec(None, model), PartitionSpec(model)),
+        out_specs=(tokens, tokens),
+    )
+    values, indices = encode(x.reshape(-1, x.shape[-1]), w_enc, b_enc)
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
