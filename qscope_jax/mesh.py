@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh = Mesh | AbstractMesh
@@ -91,3 +93,16 @@ def constrain(array: jax.Array, *axes: str | None, mesh: AnyMesh | None) -> jax.
     if mesh is None:
         return array
     return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array in NumPy, on every process; a collective (all processes must call it) if it is spread over some."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def finish_together(what: str) -> None:
+    """Waits until every process has come here; a no-op for one process."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
