@@ -102,13 +102,15 @@ def draw_weights(model: Any, seed: int) -> dict[str, np.ndarray]:
     hybrid = model.config.model_type.startswith("qwen3_5")
     stored = {}
     for name, weight in sorted(model.named_parameters()):
-        drawn = _draw(rng, name, tuple(weight.shape), hybrid).astype(_stored_dtype(name, weight.ndim, hybrid))
+        # A tied head is as large as the embedding: only a small norm before it gives logits of order one.
+        size = weight.numel() ** -0.5 if name == "model.norm.weight" and model.config.tie_word_embeddings else 1.0
+        drawn = _draw(rng, name, tuple(weight.shape), hybrid, size).astype(_stored_dtype(name, weight.ndim, hybrid))
         stored[name] = drawn
         weight.data = torch.from_numpy(drawn.astype(np.float32))
     return stored
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], hybrid: bool) -> np.ndarray:
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], hybrid: bool, size: float) -> np.ndarray:
     # A token's state decays by e^-0.001 in one head and by e^-1 in another: some reach over chunks, some forget. Much
     # faster decay would measure only how the sum of log-decays within a chunk is rounded, in transformers as here.
     if name.endswith("A_log"):
@@ -117,11 +119,20 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], hybrid: b
         return rng.uniform(-6, -2, shape)
     if len(shape) == 1:  # a norm; Qwen3.5 stores its weight less one, but for the gated norm
         centred = hybrid and "linear_attn" not in name
-        return rng.uniform(0.4, 1.6, shape) - centred
-    # Attention and routing well away from uniform, a residual stream that every layer changes, logits of order one.
-    # Hybrids amplify rounding (transformers' too) more: 1.5 would drown the limit on logits in it.
-    gain = 0.3 if "in_proj_a" in name else 1.0 if hybrid else 1.5
-    return (1.0 if "embed" in name else gain / np.sqrt(shape[-1])) * rng.standard_normal(shape)
+        return size * rng.uniform(0.4, 1.6, shape) - centred
+    return (1.0 if "embed" in name else _gain(name, hybrid) / np.sqrt(shape[-1])) * rng.standard_normal(shape)
+
+
+def _gain(name: str, hybrid: bool) -> float:
+    """Attention and routing well away from uniform, a residual stream that every layer changes, logits of order one.
+
+    Hybrids amplify rounding more, transformers' included: 1.5 would drown the limit on logits in it.
+    """
+    if not hybrid:
+        return 1.5
+    if "in_proj_a" in name:
+        return 0.3
+    return 0.7 if name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj")) else 1.0
 
 
 def _stored_dtype(name: str, ndim: int, hybrid: bool) -> Any:
@@ -261,8 +272,9 @@ def write_golden(folder: Path, config: dict[str, Any], lengths: tuple[int, ...])
     # In full where the whole backward pass has gone through, elsewhere the norm.
     arrays |= {f"gradient/{name}": grad for name, grad in grads.items() if ".layers.0." in name or grad.ndim == 1}
     arrays |= {f"gradient_norm/{name}": np.linalg.norm(grad).reshape(1) for name, grad in grads.items()}
-    model.lm_head.weight = model.model.embed_tokens.weight
-    arrays["tied/logits"] = observe(model, tokens, mask)["logits"]
+    if config["model_type"] == "qwen3":  # the head is the same in all families
+        model.lm_head.weight = model.model.embed_tokens.weight
+        arrays["tied/logits"] = observe(model, tokens, mask)["logits"]
     write_tensors(folder / "oracle.safetensors", arrays)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {len(stored)} weights, {len(arrays)} arrays, {size:,} bytes")
