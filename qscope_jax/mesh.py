@@ -96,7 +96,7 @@ def constrain(array: jax.Array, *axes: str | None, mesh: AnyMesh | None) -> jax.
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in NumPy, on every process; a collective (all processes must call it) if it is spread over some."""
+    """The whole array in NumPy; where it is spread over processes, all must call this and all get it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
