@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,27 @@ def compiled_once(tmp_path_factory):
     yield folder
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+@pytest.fixture(scope="session")
+def collectives():
+    """A function that lists what devices exchange in a compiled program, as (operation, element counts of its results).
+
+    Operations are named as in XLA's text: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", ...
+    """
+    operation = r"(all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-\w+)(?:-start)?"
+    line = re.compile(rf"^\s*(?:ROOT )?\S+ = (.*?) {operation}\(", re.MULTILINE)
+
+    def listed(compiled):
+        found = line.findall(compiled.as_text())
+        return [
+            (
+                name,
+                tuple(
+                    math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w\[([\d,]*)\]", out)
+                ),
+            )
+            for out, name in found
+        ]
+
+    return listed

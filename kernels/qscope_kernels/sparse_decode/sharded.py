@@ -33,7 +33,8 @@ def sparse_decode_sharded(
     def partial_sum(values, indices, w_dec):
         local = indices - jax.lax.axis_index(model) * w_dec.shape[0]
         mine = (local >= 0) & (local < w_dec.shape[0])
-        # Another shard's slot is an unused one here.
+        # Another shard's slot is an unused one here: values differ along `model` from now on.
+        values = jax.lax.pcast(values, model, to="varying")
         total = sparse_decode(jnp.where(mine, values, 0), jnp.where(mine, local, 0), w_dec, impl=impl)
         return jax.lax.psum(total, model)
 

@@ -16,7 +16,7 @@ def sparse_decode(values: jax.Array, indices: jax.Array, w_dec: jax.Array) -> ja
         rows = jnp.take(w_dec, index, axis=0, mode="clip").astype(jnp.float32)
         return total + value[:, None] * rows, None
 
-    # Like `values`, so that inside shard_map the sum starts out as what it becomes: different on every device.
+    # Like `values`: inside shard_map, what differs between devices must do so from the start.
     start = jnp.zeros_like(values, jnp.float32, shape=(values.shape[0], w_dec.shape[1]))
     total, _ = jax.lax.scan(add_slot, start, (values.T.astype(jnp.float32), indices.T))
     return total
