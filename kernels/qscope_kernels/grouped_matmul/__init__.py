@@ -1,0 +1,36 @@
+"""grouped_matmul: rows sorted by group, each times the matrix of its group; the expert compute of a mixture of experts.
+
+out[i] = x[i] @ w[g]    for i in group g, that is for sum(group_sizes[:g]) <= i < sum(group_sizes[:g + 1])
+"""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from qscope_kernels.dispatch import pick
+from qscope_kernels.grouped_matmul import ref, xla
+
+_IMPLEMENTATIONS = {"ref": ref.grouped_matmul, "xla": xla.grouped_matmul}
+
+
+def grouped_matmul(
+    x: Float[Array, "n d"],
+    w: Float[Array, "e d m"],
+    group_sizes: Int[Array, "e"],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    impl: str | None = None,
+) -> Float[Array, "n m"]:
+    """Rows of x, sorted by group, times their group's matrix; accumulated in float32, returned in x's dtype.
+
+    Rows past sum(group_sizes) give zeros and cost nothing. The sizes must not add up to more than n.
+
+    Raises:
+      ValueError: the shapes or the dtypes of `x` and `w` do not fit, or `impl` is unknown.
+    """
+    if x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
+        raise ValueError(
+            f"x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} do not fit; expected [n, d], [e, d, m], [e]"
+        )
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; cast one of them")
+    return pick("grouped_matmul", _IMPLEMENTATIONS, impl)(x, w, group_sizes, precision=precision)

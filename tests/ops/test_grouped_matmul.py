@@ -1,0 +1,194 @@
+"""Every implementation of grouped_matmul multiplies each row by the matrix of its group, and reads no other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from qscope_kernels.grouped_matmul import _IMPLEMENTATIONS, grouped_matmul, xla
+
+IMPLEMENTATIONS = sorted(_IMPLEMENTATIONS)
+PORTABLE = [name for name in IMPLEMENTATIONS if name != "ref"]
+product = jax.jit(grouped_matmul, static_argnames=("precision", "impl"))
+E, D, M = 5, 6, 7
+SIZES = {
+    "uneven": (40, [11, 0, 17, 1, 11]),
+    "ends empty": (40, [0, 13, 0, 27, 0]),
+    "one takes all": (40, [0, 0, 40, 0, 0]),
+    "rows left over": (40, [3, 0, 9, 1, 8]),
+    "no row used": (9, [0, 0, 0, 0, 0]),
+    "one row": (1, [0, 0, 0, 1, 0]),
+    "fewer rows than a tile": (3, [1, 0, 1, 0, 1]),
+}
+
+
+def inputs(n, seed=0, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((n, D), (E, D, M)))
+
+
+def oracle(x, w, sizes):
+    """Group by group in float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    out, start = np.zeros((len(x), w.shape[2])), 0
+    for matrix, size in zip(w, sizes, strict=True):
+        out[start : start + size] = x[start : start + size] @ matrix
+        start += size
+    return out
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", SIZES)
+def test_it_equals_a_loop_over_groups(impl, case):
+    n, sizes = SIZES[case]
+    x, w = inputs(n)
+    out = product(x, w, np.array(sizes, np.int32), impl=impl)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, oracle(x, w, sizes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(out[sum(sizes) :], 0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@settings(max_examples=40, deadline=None)
+@given(ends=st.lists(st.integers(0, 64), min_size=E, max_size=E))
+def test_any_sizes(impl, ends):
+    # Tiles of 8 rows: groups begin, end and lie anywhere in them. Small integers make every sum exact.
+    sizes = np.diff(sorted(ends), prepend=0).astype(np.int32)
+    x, w = (jnp.round(2 * array) for array in inputs(64))
+    assert xla._tile(64, E) == 8
+    np.testing.assert_array_equal(product(x, w, sizes, impl=impl), oracle(x, w, sizes))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_to_multiply(impl):
+    x, w = inputs(0)
+    assert product(x, w, np.zeros(E, np.int32), impl=impl).shape == (0, M)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_bfloat16_is_summed_in_float32_and_rounded_once(impl):
+    # 256 + 1 + 1 + ... stays 256 where sums are rounded to bfloat16.
+    x, w = jnp.ones((4, 65), jnp.bfloat16), jnp.ones((2, 65, 3), jnp.bfloat16).at[:, 0].set(256)
+    out = product(x, w, np.array([2, 1], np.int32), impl=impl)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(np.float32), np.repeat([320, 320, 320, 0], 3).reshape(4, 3))
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.mark.parametrize("case", SIZES)
+def test_gradients_equal_those_of_the_definition(impl, case):
+    n, sizes = SIZES[case]
+    target = np.random.default_rng(1).normal(size=(n, M)).astype(np.float32)
+    loss = lambda x, w, impl: jnp.sum(target * product(x, w, np.array(sizes, np.int32), impl=impl) ** 2)  # noqa: E731
+    expected, found = (jax.grad(loss, argnums=(0, 1))(*inputs(n), name) for name in ("ref", impl))
+    for one, other in zip(found, expected, strict=True):
+        assert np.any(other) == bool(sum(sizes))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[1][np.array(sizes) == 0], 0)
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_bfloat16_gradients_are_summed_in_float32(impl):
+    n = 600  # several tiles of one group
+    loss = lambda x, w: jnp.sum(product(x, w, np.array([n, 0], np.int32), impl=impl).astype(jnp.float32))  # noqa: E731
+    x, w = jnp.ones((n, 2), jnp.bfloat16), jnp.ones((2, 2, 3), jnp.bfloat16)
+    dx, dw = jax.grad(loss, argnums=(0, 1))(x, w)
+    assert dx.dtype == dw.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dx.astype(np.float32), 3)
+    np.testing.assert_array_equal(dw.astype(np.float32), np.array([600, 0]).reshape(2, 1, 1) * np.ones((2, 2, 3)))
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_matrices_of_groups_without_rows_and_rows_past_the_groups_are_never_read(impl):
+    n, sizes = SIZES["rows left over"]
+    x, w = inputs(n)
+    empty, past = np.array(sizes) == 0, sum(sizes)
+    loss = lambda x, w: jnp.sum(product(x, w, np.array(sizes, np.int32), impl=impl) ** 2)  # noqa: E731
+    want = jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+    found = jax.value_and_grad(loss, argnums=(0, 1))(x.at[past:].set(jnp.nan), w.at[empty].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def reads(jaxpr, shape):
+    """(primitive, size of what it gives) of every operation that reads an array of `shape`, at any depth."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "optimization_barrier":  # hands its arguments on
+            continue
+        inner = [item for value in equation.params.values() for item in jax.tree.leaves(value, is_leaf=is_jaxpr)]
+        inner = [getattr(item, "jaxpr", item) for item in inner if is_jaxpr(item)]
+        if not inner and any(getattr(v.aval, "shape", None) == shape for v in equation.invars):
+            yield equation.primitive.name, sum(v.aval.size for v in equation.outvars)
+        for sub in inner:
+            yield from reads(sub, shape)
+
+
+def is_jaxpr(item):
+    return hasattr(item, "eqns") or hasattr(item, "jaxpr")
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_the_stack_is_read_one_matrix_at_a_time(impl):
+    x, w = inputs(40)
+    sizes = jnp.array(SIZES["uneven"][1], jnp.int32)
+    forward = lambda x, w: grouped_matmul(x, w, sizes, impl=impl)  # noqa: E731
+    pull = lambda x, w, dy: jax.vjp(forward, x, w)[1](dy)[0]  # noqa: E731
+    one = ("dynamic_slice", D * M)
+    assert list(reads(jax.make_jaxpr(forward)(x, w).jaxpr, w.shape)) == [one]
+    # Forward and dx read it; the third is the gradient's stack, written one matrix at a time.
+    found = list(reads(jax.make_jaxpr(pull)(x, w, jnp.ones((40, M))).jaxpr, w.shape))
+    assert sorted(set(found)) == [one, ("dynamic_update_slice", w.size)]
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_temporary_memory_does_not_grow_with_the_groups(impl, dtype):
+    n, d, m = 512, 64, 96
+
+    def temporary(e):
+        shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (e, d, m))] + [jax.ShapeDtypeStruct((e,), jnp.int32)]
+        forward = lambda x, w, sizes: grouped_matmul(x, w, sizes, impl=impl)  # noqa: E731
+        loss = lambda *args: jnp.sum(forward(*args).astype(jnp.float32) ** 2)  # noqa: E731
+        compiled = [jax.jit(f).lower(*shapes).compile() for f in (forward, jax.grad(loss, argnums=(0, 1)))]
+        return [c.memory_analysis().temp_size_in_bytes for c in compiled]
+
+    # What does grow: the sizes, their sums, the list of groups in use; never a matrix.
+    for few, many in zip(temporary(16), temporary(128), strict=True):
+        assert many - few < d * m * 2
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_it_runs_inside_shard_map_with_weights_replicated_or_split(impl):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(3)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, D), (4, D, M)))
+    sizes = jnp.array([[5], [2]], jnp.int32)  # per data shard, of its 8 rows
+
+    def shard(x, w, sizes):  # each shard of "model" has one group, and all rows
+        return jax.lax.psum(grouped_matmul(x, w, sizes[0], impl=impl), "model")
+
+    split = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=(P("data"), P("model"), P("data")), out_specs=P("data")))
+    whole = (
+        lambda x, w: jnp.concatenate(
+            [  # noqa: E731
+                jnp.where(jnp.arange(8)[:, None] < size, x[8 * i : 8 * i + 8] @ w.sum(0), 0)
+                for i, size in enumerate((5, 2))
+            ]
+        )
+    )
+    found = jax.value_and_grad(lambda x, w: jnp.sum(split(x, w, sizes) ** 2), argnums=(0, 1))(x, w)
+    want = jax.value_and_grad(lambda x, w: jnp.sum(whole(x, w) ** 2), argnums=(0, 1))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, want)
+
+
+def test_what_does_not_fit_is_refused():
+    x, w, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.zeros(2, int)
+    with pytest.raises(ValueError, match=r"x \(4, 3\), w \(2, 4, 5\) and group_sizes \(2,\) do not fit"):
+        grouped_matmul(x, jnp.zeros((2, 4, 5)), sizes)
+    with pytest.raises(ValueError, match=r"group_sizes \(3,\) do not fit; expected"):
+        grouped_matmul(x, w, jnp.zeros(3, int))
+    with pytest.raises(ValueError, match="x is float32 and w is bfloat16; cast one of them"):
+        grouped_matmul(x, w.astype(jnp.bfloat16), sizes)
+    with pytest.raises(ValueError, match=r"grouped_matmul has no implementation 'tpu9'; there are \['ref', 'xla'\]"):
+        grouped_matmul(x, w, sizes, impl="tpu9")
