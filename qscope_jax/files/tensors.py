@@ -6,6 +6,7 @@ because safetensors 0.8.0 silently corrupts arrays that are not C-contiguous and
 chunk by chunk, so equal input gives equal bytes, and read everything back before the file gets its name.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -13,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -129,8 +130,8 @@ def write_tensors(
 
     Args:
       path: the file to make or replace. A map of the old file stays valid.
-      arrays: name -> NumPy or JAX array. Taken one at a time and written in chunks: a transposed view of several GB
-        costs no copy in memory. A lazy mapping is asked three times for each (shape and dtype, write, compare).
+      arrays: name -> NumPy or JAX array, or whatever has `dtype`, `shape` and `__array__`. Made into NumPy once each,
+        in the order of `write_order`, and written in chunks: a transposed view of several GB costs no copy in memory.
       metadata: strings only.
 
     Raises:
@@ -139,16 +140,18 @@ def write_tensors(
     """
     path = Path(path)
     infos = {name: (np.dtype(array.dtype), tuple(array.shape)) for name, array in arrays.items()}
-    # Wide dtypes first, as the library does, so that every tensor starts at a multiple of its item size.
-    order = sorted(infos, key=lambda name: (-infos[name][0].itemsize, name))
+    order = write_order(arrays)
     header = _make_header(path, {name: infos[name] for name in order}, metadata or {})
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(header)
-            for name in order:
-                for chunk in byte_chunks(np.asarray(arrays[name])):
-                    file.write(chunk.data)
-        _check_written(path, temporary, arrays, dict(metadata or {}))
+            digests = {name: _write(file, np.asarray(arrays[name])) for name in order}
+        _check_written(path, temporary, infos, digests, dict(metadata or {}))
+
+
+def write_order(arrays: Mapping[str, Any]) -> list[str]:
+    """Wide dtypes first, as the library does, so that every tensor starts at a multiple of its item size."""
+    return sorted(arrays, key=lambda name: (-np.dtype(arrays[name].dtype).itemsize, name))
 
 
 def _make_header(path: Path, infos: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
@@ -187,11 +190,24 @@ def byte_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield piece.reshape(-1).view(np.uint8)
 
 
-def _check_written(path: Path, temporary: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def _write(file: BinaryIO, array: np.ndarray) -> bytes:
+    """Writes an array's bytes and gives their digest."""
+    digest = hashlib.blake2b()
+    for chunk in byte_chunks(array):
+        file.write(chunk.data)
+        digest.update(chunk.data)
+    return digest.digest()
+
+
+def _check_written(path: Path, temporary: Path, infos, digests: dict[str, bytes], metadata: dict[str, str]) -> None:
     written = open_tensors(temporary)
-    same = written.metadata == metadata and set(written.names) == set(arrays)
-    for name in arrays if same else ():
-        same = same and same_bytes(np.asarray(arrays[name]), written.array(name))
+    same = written.metadata == metadata and set(written.names) == set(infos)
+    for name, (dtype, shape) in infos.items() if same else ():
+        found = written.array(name)
+        digest = hashlib.blake2b()
+        for chunk in byte_chunks(found):
+            digest.update(chunk.data)
+        same = same and (found.dtype, found.shape, digest.digest()) == (_little(dtype), shape, digests[name])
     if not same:
         raise OSError(f"{path}: the bytes read back differ from those written; check the disk. Nothing was replaced")
 
