@@ -14,8 +14,8 @@ from qscope_jax.taps import Tap, chain, check_tap
 
 CONFIG = ModelConfig(
     model_type="qwen3", vocab_size=40, hidden_size=16, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=8,
-    intermediate_size=24, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=True,
-    layer_types=("full",) * 4, eos_token_ids=(), precision="highest",
+    rotary_dim=8, intermediate_size=24, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=64,
+    tie_word_embeddings=True, layer_types=("full",) * 4, linear=None, moe=None, eos_token_ids=(), precision="highest",
 )  # fmt: skip
 PARAMS = jax.tree.map(lambda a: 10 * a, init_params(jax.random.key(0), CONFIG))
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 6))

@@ -9,10 +9,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from qscope_jax.backbone.cache import Cache, check_room
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.layers import Block, BlockContext, rms_norm, rope_tables
+from qscope_jax.backbone.context import BlockContext, check_segments, make_contexts
+from qscope_jax.backbone.layers import Block
+from qscope_jax.backbone.norms import rms_norm
+from qscope_jax.mesh import AnyMesh, constrain, mesh_of
 from qscope_jax.taps import Tap, TapContext, check_tap
 
 Params = dict[str, Any]
@@ -26,31 +31,33 @@ class ForwardOutput(NamedTuple):
     """What a forward pass gives; parts that were not asked for are None (`captured` then has no rows).
 
     logits [b, t, v], or [b, v] of each row's last real token; hidden [b, t, d] after the final norm;
-    captured [len(capture), b, t, d]; taps: the tap's outputs, leaves [layers run, ...].
+    captured [len(capture), b, t, d]; taps: the tap's outputs, leaves [layers run, ...]; cache: the one given, with
+    these tokens entered.
     """
 
     logits: Float[Array, "..."] | None
     hidden: Float[Array, "b t d"] | None
     captured: Float[Array, "n b t d"]
     taps: Any
+    cache: Cache | None
 
 
 def init_params(key: jax.Array, config: ModelConfig, *, dtype=jnp.float32) -> Params:
-    """Random parameters (normal, std 0.02; norms one) in the tree that `forward` takes."""
+    """Random parameters (matrices normal with std 0.02, norms the identity) in the tree that `forward` takes."""
     keys = jax.random.split(key, len(config.period) + 2)
     h = jnp.zeros((1, 1, config.hidden_size), dtype)
-    ctx, _ = _contexts(jnp.zeros((1, 1), jnp.int32), None, None, None, config, dtype)
+    ctx, _, _ = make_contexts(jnp.zeros((1, 1), jnp.int32), None, None, None, None, config, dtype)
 
     def init_slot(slot: int):
         block = Block(config, config.period[slot])
         slot_keys = jax.random.split(keys[slot], config.num_periods)
-        return jax.vmap(lambda k: block.init(k, h, ctx)["params"])(slot_keys)
+        return jax.vmap(lambda k: block.init(k, h, ctx, None, 0)["params"])(slot_keys)
 
     table = (config.vocab_size, config.hidden_size)
     params = {
         "embed": 0.02 * jax.random.normal(keys[-2], table),
         "period": tuple(init_slot(slot) for slot in range(len(config.period))),
-        "final_norm": {"scale": jnp.ones(config.hidden_size)},
+        "final_norm": {"scale": jnp.full(config.hidden_size, 0.0 if config.hybrid else 1.0)},
     }
     if not config.tie_word_embeddings:
         params["head"] = 0.02 * jax.random.normal(keys[-1], table)
@@ -65,6 +72,7 @@ def forward(
     mask: Bool[Array, "b t"] | None = None,
     positions: Int[Array, "b t"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    cache: Cache | None = None,
     tap: Tap | None = None,
     capture: tuple[int, ...] = (),
     logits: LogitsMode = "all",
@@ -77,9 +85,13 @@ def forward(
       params: the tree of `init_params` or `load_backbone`; its dtype is the compute dtype.
       config: static constants; `config.precision` is the precision of every matmul.
       tokens: ids [b, t]; ids outside the vocabulary must be refused before (see `check_tokens`).
-      mask: True where a token is real; padding may stand left or right. Outputs at pads are finite and meaningless.
+      mask: True where a token is real; pads may stand left, right and between segments. Outputs at pads are finite and
+        meaningless.
       positions: rotary positions; by default the running count of real tokens in each segment.
-      segment_ids: documents packed in a row; attention stops where the id changes.
+      segment_ids: documents packed in a row, their ids never going backwards; attention, convolution and recurrent
+        state begin anew where the id changes. Without ids a row is one segment, or goes on with that of the cache.
+      cache: what came before these tokens, from `init_cache` or an earlier call; donate it to a jitted step. Beyond its
+        capacity there is an error, or where `jit` hides its length, NaN everywhere.
       tap: looks at or changes the residual stream after every layer.
       capture: 0-based layers whose raw output (before the final norm, after the tap) is returned in `captured`. For
         gradients prefer small tap outputs: the buffer is kept once per layer by the backward pass.
@@ -87,18 +99,28 @@ def forward(
       stop_after: run layers 0..stop_after alone; then `hidden` and `logits` are None.
       remat: recompute each period in the backward pass: "full", or "dots" to keep matmul results.
 
+    On a mesh (params from `load_backbone(mesh=...)`) rows are spread over "data".
+
     Raises:
       ValueError: an option or a shape that does not fit, named.
+      MeshError: the mesh does not divide the rows.
     """
-    depth = _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids)
-    h = jnp.take(params["embed"], tokens, axis=0)
-    ctx, tap_ctx = _contexts(tokens, mask, positions, segment_ids, config, h.dtype)
-    h, captured, outs = _run_layers(params["period"], config, h, ctx, tap_ctx, tap, capture, depth, remat)
+    depth = _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache)
+    mesh = mesh_of(params["embed"])
+    h = constrain(jnp.take(params["embed"], tokens, axis=0), "batch", None, None, mesh=mesh)
+    ctx, tap_ctx, entered = make_contexts(tokens, mask, positions, segment_ids, cache, config, h.dtype)
+    slots: tuple[Any, ...] = (None,) * len(config.period)
+    if entered is not None:
+        slots = entered.slots
+        h = jnp.where(entered.length > entered.capacity, jnp.nan, h)
+    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh)
+    h, captured, slots, outs = _run_layers(run, params["period"], h, slots, capture, depth, remat)
+    cache = None if entered is None else entered._replace(slots=slots)
     if stop_after is not None:
-        return ForwardOutput(None, None, captured, outs)
-    hidden = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps)
+        return ForwardOutput(None, None, captured, outs, None)
+    hidden = rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps, zero_centred=config.hybrid)
     head = params["embed"] if config.tie_word_embeddings else params["head"]
-    return ForwardOutput(_logits(hidden, head, tap_ctx.mask, config, logits), hidden, captured, outs)
+    return ForwardOutput(_logits(hidden, head, tap_ctx.mask, config, logits), hidden, captured, outs, cache)
 
 
 def check_tokens(tokens, config: ModelConfig) -> None:
@@ -116,47 +138,64 @@ def check_tokens(tokens, config: ModelConfig) -> None:
         )
 
 
-def _run_layers(period, config, h, ctx, tap_ctx, tap, capture, depth, remat) -> tuple[Any, Any, Any]:
+class _Run(NamedTuple):
+    """What every layer of one call shares."""
+
+    config: ModelConfig
+    ctx: BlockContext
+    tap_ctx: TapContext
+    tap: Tap | None
+    captures: bool
+    mesh: AnyMesh | None
+
+    def layer(self, carry, slot: int, period, weights, data):
+        """One layer, its tap and its capture; the carry holds the residual stream, captures and the cache."""
+        h, buffer, slots = carry
+        block = Block(self.config, self.config.period[slot])
+        h, new = block.apply({"params": weights}, h, self.ctx, slots[slot], period)
+        h = constrain(h, "batch", None, None, mesh=self.mesh)
+        row, tap_data = jax.tree.map(lambda a: a[slot], data)
+        tap = self.tap
+        h, out = (h, ()) if tap is None else tap.fn(h, tap_data, tap.shared, self.tap_ctx)
+        if self.captures:
+            buffer = jax.lax.cond(row >= 0, lambda b: b.at[row].set(h), lambda b: b, buffer)
+        return (h, buffer, (*slots[:slot], new, *slots[slot + 1 :])), out
+
+
+def _run_layers(run: _Run, period, h, slots, capture, depth, remat) -> tuple[Any, Any, Any, Any]:
     """Scans over whole periods, then runs what `depth` leaves of the last one."""
+    config, tap = run.config, run.tap
     p = len(config.period)
     whole, rest = divmod(depth, p)
-    slots = jnp.full(config.num_layers, -1).at[jnp.array(capture, int)].set(jnp.arange(len(capture)))
-    per_layer = (slots, tap.per_layer if tap is not None else ())
+    rows = jnp.full(config.num_layers, -1).at[jnp.array(capture, int)].set(jnp.arange(len(capture)))
+    per_layer = (rows, tap.per_layer if tap is not None else ())
     per_layer = jax.tree.map(lambda a: a.reshape(config.num_periods, p, *a.shape[1:]), per_layer)
-    buffer = jnp.zeros((len(capture), *h.shape), h.dtype)
+    buffer = constrain(jnp.zeros((len(capture), *h.shape), h.dtype), None, "batch", None, None, mesh=run.mesh)
 
-    def layer(carry, slot, weights, data):
-        h, buffer = carry
-        h = Block(config, config.period[slot]).apply({"params": weights}, h, ctx)
-        row, tap_data = jax.tree.map(lambda a: a[slot], data)
-        h, out = (h, ()) if tap is None else tap.fn(h, tap_data, tap.shared, tap_ctx)
-        if capture:
-            buffer = jax.lax.cond(row >= 0, lambda b: b.at[row].set(h), lambda b: b, buffer)
-        return (h, buffer), out
+    def body(number: int, gather: bool):
+        """The first `number` layers of a period; it gets the period's weights, or finds them by its index."""
 
-    def body(carry, xs):
-        weights, data = xs if depth == config.num_layers else _at((period, per_layer), xs)
-        outs = []
-        for slot in range(p):
-            carry, out = layer(carry, slot, weights[slot], data)
-            outs.append(out)
-        return carry, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        def run_slots(carry, xs):
+            index, (weights, data) = (xs, _at((period, per_layer), xs)) if gather else xs
+            outs = []
+            for slot in range(number):
+                carry, out = run.layer(carry, slot, index, weights[slot], data)
+                outs.append(out)
+            return carry, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
-    if remat is not None:
-        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+        if remat is None:
+            return run_slots
+        return jax.checkpoint(run_slots, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+
     # A cut depth indexes the stacked weights inside the body: slicing them beforehand would copy the slice.
-    xs = (period, per_layer) if depth == config.num_layers else jnp.arange(whole)
-    carry, outs = jax.lax.scan(body, (h, buffer), xs)
+    cut, index = depth < config.num_layers, jnp.arange(whole)
+    carry, outs = jax.lax.scan(body(p, cut), (h, buffer, slots), index if cut else (index, (period, per_layer)))
     outs = jax.tree.map(lambda a: a.reshape(whole * p, *a.shape[2:]), outs)
     if rest:
-        weights, data = _at((period, per_layer), whole)
-        tail = []
-        for slot in range(rest):
-            carry, out = layer(carry, slot, weights[slot], data)
-            tail.append(out)
-        outs = jax.tree.map(lambda a, *b: jnp.concatenate([a, jnp.stack(b)]), outs, *tail)
-    h, buffer = carry
-    return h, buffer, outs
+        carry, tail = body(rest, cut)(carry, jnp.asarray(whole))
+        outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, tail)
+    h, buffer, slots = carry
+    return h, buffer, slots, outs
 
 
 def _at(tree, index):
@@ -164,33 +203,6 @@ def _at(tree, index):
     # and a cut depth gives the bits of the full one.
     at = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False, allow_negative_indices=False)  # noqa: E731
     return jax.tree.map(at, tree)
-
-
-def _contexts(tokens, mask, positions, segment_ids, config, dtype) -> tuple[BlockContext, TapContext]:
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    segments = jnp.zeros(tokens.shape, jnp.int32) if segment_ids is None else _ordinals(segment_ids, mask)
-    if positions is None:
-        positions = _running_positions(segments, mask)
-    cos, sin = rope_tables(positions, config, dtype)
-    return BlockContext(cos, sin, mask, segments), TapContext(positions, mask, segments)
-
-
-def _ordinals(segment_ids, mask):
-    """Numbers the segments of each row in order; an id that comes back later starts a new one."""
-    columns = jnp.arange(mask.shape[1])
-    last_real = jax.lax.cummax(jnp.where(mask, columns, -1), axis=1)
-    previous = jnp.pad(last_real, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
-    starts = mask & (previous >= 0) & (segment_ids != before)
-    return jnp.cumsum(starts, axis=1)
-
-
-def _running_positions(segments, mask):
-    """0, 1, 2, … over the real tokens of each segment; pads take the position before them."""
-    count = jnp.cumsum(mask, axis=1)
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    offset = jax.lax.cummax(jnp.where(starts, count - mask, 0), axis=1)
-    return jnp.maximum(count - offset - 1, 0)
 
 
 def _logits(hidden, head, mask, config, mode: LogitsMode):
@@ -202,7 +214,7 @@ def _logits(hidden, head, mask, config, mode: LogitsMode):
     return jnp.einsum("...d,vd->...v", hidden, head, precision=config.precision)
 
 
-def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids) -> int:
+def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache) -> int:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [b, t], found {tokens.dtype} {tuple(tokens.shape)}")
     for name, array in (("mask", mask), ("positions", positions), ("segment_ids", segment_ids)):
@@ -219,4 +231,16 @@ def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positi
         raise ValueError(f"capture = {capture} must be different layers among 0..{depth - 1}, those that run")
     if tap is not None:
         check_tap(tap, config.num_layers)
+    if segment_ids is not None and not isinstance(segment_ids, Tracer):
+        check_segments(segment_ids, None if isinstance(mask, Tracer) else mask)
+    if cache is not None:
+        _check_cache(cache, tokens, stop_after)
     return depth
+
+
+def _check_cache(cache: Cache, tokens, stop_after) -> None:
+    if stop_after is not None:
+        raise ValueError("stop_after leaves the layers behind it without these tokens; it takes no cache")
+    if cache.segments.shape[0] != tokens.shape[0]:
+        raise ValueError(f"the cache has {cache.segments.shape[0]} rows, tokens have {tokens.shape[0]}")
+    check_room(cache, tokens.shape[1])

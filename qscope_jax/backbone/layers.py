@@ -1,87 +1,93 @@
 """The leaf blocks: small linen modules of `self.param` and einsum, used only through `init` and `apply`.
 
-A decoder layer is h + Mixer(norm(h)), then h + Mlp(norm(h)). Other families are other mixers and feed-forwards.
-Shape letters: b batch, t time, d residual, h heads, k kv heads, g = h/k, c head dim, m mlp.
+A decoder layer is h + Mixer(norm(h)), then h + FeedForward(norm(h)); families differ in both. A mixer takes and gives
+back its slot of the cache (None without one), of which it touches one period.
+Shape letters: b batch, t time, d residual, h heads, k kv heads, g = h/k, c head dim, m mlp, e experts.
 """
-
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from qscope_jax.backbone.cache import FullSlot
 from qscope_jax.backbone.config import LayerKind, ModelConfig
+from qscope_jax.backbone.context import BlockContext
+from qscope_jax.backbone.experts import expert_mlp, route
+from qscope_jax.backbone.linear import GatedDeltaNet
+from qscope_jax.backbone.norms import RMSNorm
 
 _INIT = nn.initializers.normal(0.02)
 # Query rows handled at once: bounds the score matrix at long context without changing any row's arithmetic.
 _QUERY_CHUNK = 1024
 
 
-class BlockContext(NamedTuple):
-    """What every block of one forward pass shares."""
-
-    cos: Float[Array, "b t c"]
-    sin: Float[Array, "b t c"]
-    mask: Bool[Array, "b t"]
-    segment_ids: Int[Array, "b t"]
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """scale * x / rms(x); statistics in float32, cast back before the weight product as Qwen3 does."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return scale * normed.astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` over the last axis with its weight."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
-
-
 class FullAttention(nn.Module):
-    """Grouped-query causal attention with per-head query and key norms and rotary positions (Qwen3)."""
+    """Grouped-query causal attention with per-head query and key norms and rotary positions; gated in Qwen3.5."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, ctx: BlockContext):
+    def __call__(self, x, ctx: BlockContext, slot: FullSlot | None, period):
         cfg = self.config
         d, h, k, c = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        project = lambda name, heads: jnp.einsum(  # noqa: E731
-            "btd,dhc->bthc", x, self.param(name, _INIT, (d, heads, c)), precision=cfg.precision
+        project = lambda name, heads, width: jnp.einsum(  # noqa: E731
+            "btd,dhc->bthc", x, self.param(name, _INIT, (d, heads, width)), precision=cfg.precision
         )
-        q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(project("q", h))
-        key = RMSNorm(cfg.rms_norm_eps, name="k_norm")(project("k", k))
-        v = project("v", k)
-        q, key = rotate(q, ctx.cos, ctx.sin), rotate(key, ctx.cos, ctx.sin)
+        norm = lambda name: RMSNorm(cfg.rms_norm_eps, cfg.hybrid, name=name)  # noqa: E731
+        # The gate of a head stands behind its query: a per-head split, not one of halves.
+        q, gate = jnp.split(project("q", h, 2 * c), 2, axis=-1) if cfg.hybrid else (project("q", h, c), None)
+        key, value = norm("k_norm")(project("k", k, c)), project("v", k, c)
+        q, key = rotate(norm("q_norm")(q), ctx.cos, ctx.sin), rotate(key, ctx.cos, ctx.sin)
+        if slot is not None:
+            slot, key, value = _remember(slot, key, value, period, ctx.start)
         q = q.reshape(*q.shape[:2], k, h // k, c)
-        out = attend(q, key, v, ctx, cfg).reshape(*x.shape[:2], h, c)
-        return jnp.einsum("bthc,hcd->btd", out, self.param("o", _INIT, (h, c, d)), precision=cfg.precision)
+        out = attend(q, key, value, ctx, cfg).reshape(*x.shape[:2], h, c)
+        if gate is not None:
+            out = out * nn.sigmoid(gate)
+        return jnp.einsum("bthc,hcd->btd", out, self.param("o", _INIT, (h, c, d)), precision=cfg.precision), slot
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), of the given width."""
+
+    width: int
+    precision: str
+
+    @nn.compact
+    def __call__(self, x):
+        d, m = x.shape[-1], self.width
+        gate = jnp.einsum("btd,dm->btm", x, self.param("gate", _INIT, (d, m)), precision=self.precision)
+        up = jnp.einsum("btd,dm->btm", x, self.param("up", _INIT, (d, m)), precision=self.precision)
+        hidden = nn.silu(gate) * up
+        return jnp.einsum("btm,md->btd", hidden, self.param("down", _INIT, (m, d)), precision=self.precision)
+
+
+class Moe(nn.Module):
+    """The `num_active` likeliest experts of every token, weighed by the router; in Qwen3.5 plus a gated shared one."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x):
-        cfg = self.config
-        d, m = cfg.hidden_size, cfg.intermediate_size
-        gate = jnp.einsum("btd,dm->btm", x, self.param("gate", _INIT, (d, m)), precision=cfg.precision)
-        up = jnp.einsum("btd,dm->btm", x, self.param("up", _INIT, (d, m)), precision=cfg.precision)
-        hidden = nn.silu(gate) * up
-        return jnp.einsum("btm,md->btd", hidden, self.param("down", _INIT, (m, d)), precision=cfg.precision)
+        cfg, moe = self.config, self.config.moe
+        assert moe is not None
+        b, t, d = x.shape
+        e, m = moe.num_experts, moe.intermediate_size
+        logits = jnp.einsum("btd,de->bte", x, self.param("router", _INIT, (d, e)), precision=cfg.precision)
+        weights, experts = route(logits.reshape(-1, e), moe.num_active, normalise=moe.normalise)
+        gate, up, down = (
+            self.param(name, _INIT, shape)
+            for name, shape in (("gate", (e, d, m)), ("up", (e, d, m)), ("down", (e, m, d)))
+        )
+        out = expert_mlp(x.reshape(-1, d), weights, experts, gate, up, down, precision=cfg.precision).reshape(b, t, d)
+        if moe.shared_intermediate_size is None:
+            return out
+        share = jnp.einsum("btd,ds->bts", x, self.param("shared_gate", _INIT, (d, 1)), precision=cfg.precision)
+        return out + nn.sigmoid(share) * Mlp(moe.shared_intermediate_size, cfg.precision, name="shared")(x)
 
 
-_MIXERS = {"full": FullAttention}
+_MIXERS = {"full": FullAttention, "linear": GatedDeltaNet}
 
 
 class Block(nn.Module):
@@ -91,35 +97,26 @@ class Block(nn.Module):
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, h, ctx: BlockContext):
-        eps = self.config.rms_norm_eps
-        h = h + _MIXERS[self.kind](self.config, name="mixer")(RMSNorm(eps, name="mixer_norm")(h), ctx)
-        return h + Mlp(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(h))
+    def __call__(self, h, ctx: BlockContext, slot, period):
+        cfg = self.config
+        norm = lambda name: RMSNorm(cfg.rms_norm_eps, cfg.hybrid, name=name)  # noqa: E731
+        mixed, slot = _MIXERS[self.kind](cfg, name="mixer")(norm("mixer_norm")(h), ctx, slot, period)
+        h = h + mixed
+        width = cfg.intermediate_size
+        feed = Moe(cfg, name="moe") if width is None else Mlp(width, cfg.precision, name="mlp")
+        return h + feed(norm("mlp_norm")(h)), slot
 
 
-def rope_tables(positions: Int[Array, "b t"], config: ModelConfig, dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [b, t, c] of the rotary angles, computed in float32.
-
-    The frequencies are made on the host and rounded where PyTorch rounds: one float32 ulp in them is 2.5e-4 in the
-    cosine at position 32,767.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = np.power(config.rope_theta, exponents.astype(np.float64)).astype(np.float32)
-    inverse = np.float32(1) / powers
-    angles = positions.astype(jnp.float32)[..., None] * inverse
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "b t c"], sin: Float[Array, "b t c"]):
-    """Rotary embedding in halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, :, None] + turned * sin[:, :, None]
+def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]):
+    """Rotary embedding of the first r dimensions in halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = jnp.split(turning, 2, axis=-1)
+    turned = turning * cos[:, :, None] + jnp.concatenate([-second, first], axis=-1) * sin[:, :, None]
+    return jnp.concatenate([turned, rest], axis=-1)
 
 
 def attend(q, key, value, ctx: BlockContext, config: ModelConfig) -> Float[Array, "b t k g c"]:
-    """Causal attention inside segments over real keys; q [b, t, k, g, c], key and value [b, t, k, c].
+    """Causal attention inside segments over real keys; q [b, t, k, g, c], key and value [b, s, k, c].
 
     Softmax runs in float32. A pad query sees at least itself, so that its row is finite.
     """
@@ -140,10 +137,20 @@ def _attend_rows(q, key, value, rows, ctx: BlockContext, config: ModelConfig):
     scores = jnp.einsum("btkgc,bskc->bkgts", q, key, precision=config.precision, preferred_element_type=jnp.float32) * (
         config.head_dim**-0.5
     )
-    columns = jnp.arange(key.shape[1])
-    visible = (ctx.segment_ids[:, rows, None] == ctx.segment_ids[:, None, :]) & ctx.mask[:, None, :]
-    visible &= columns <= rows[:, None]
-    visible |= columns == rows[:, None]
+    columns, own = jnp.arange(key.shape[1]), ctx.start + rows[:, None]
+    visible = ctx.segments[:, rows, None] == ctx.key_segments[:, None, :]
+    visible &= columns <= own
+    visible |= columns == own
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgts,bskc->btkgc", weights, value, precision=config.precision)
+
+
+def _remember(slot: FullSlot, key, value, period, start):
+    """Enters this call's keys and values into the cache; gives the slot and all columns of this layer."""
+    zero = jnp.zeros((), start.dtype)
+    where = (period, zero, start, zero, zero)
+    k = jax.lax.dynamic_update_slice(slot.k, key[None].astype(slot.k.dtype), where)
+    v = jax.lax.dynamic_update_slice(slot.v, value[None].astype(slot.v.dtype), where)
+    read = lambda a: jax.lax.dynamic_index_in_dim(a, period, keepdims=False).astype(key.dtype)  # noqa: E731
+    return FullSlot(k, v), read(k), read(v)

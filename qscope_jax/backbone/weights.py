@@ -1,36 +1,33 @@
 """Checkpoints in and out: a Hugging Face folder (or any source) <-> the parameter tree.
 
-Each tensor is written into its place of a donated device buffer as it is read, so that no stacked leaf ever stands on
-the host. Whatever does not fit (unknown, missing, duplicate, misshapen) is reported together, before anything loads.
+A layer's part of a leaf goes from the mapped file into its place of a donated device buffer, so that no stacked leaf
+ever stands on the host; on a mesh every process reads only the slices that its devices hold.
 """
 
 import functools
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from qscope_jax.backbone.checkpoint import INDEX, SINGLE, CheckpointError, find_tensors
 from qscope_jax.backbone.config import ModelConfig, Precision, read_config
-from qscope_jax.backbone.config_reader import unique_keys
 from qscope_jax.backbone.forward import Params
-from qscope_jax.backbone.tables import HEAD, Tensor, checkpoint_tensors, from_stored, leaf_of, to_stored
+from qscope_jax.backbone.tables import Piece, Tensor, checkpoint_tensors, to_stored
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.source import Source, resolve
-from qscope_jax.files.tensors import TensorFile, open_tensors, write_tensors
+from qscope_jax.files.source import resolve
+from qscope_jax.files.tensors import TensorFile, write_order, write_tensors
+from qscope_jax.mesh import AnyMesh, finish_together, sharding, to_host
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["Backbone", "CheckpointError", "load_backbone", "parameter_shapes", "save_backbone"]
+
 _PRECISION: dict[str, Precision] = {"float32": "highest", "bfloat16": "default"}
-_FLOATS = ("bfloat16", "float16", "float32")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold exactly the tensors of its config; the message lists every difference."""
 
 
 class Backbone(NamedTuple):
@@ -40,38 +37,45 @@ class Backbone(NamedTuple):
     params: Params
 
 
-def load_backbone(source: str | Path, *, dtype: str = "bfloat16", mesh: None = None) -> Backbone:
-    """Loads a checkpoint.
+def load_backbone(
+    source: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, fsdp: bool = False
+) -> Backbone:
+    """Loads a checkpoint of any of the four families, in any dialect that the releases or `transformers` use.
 
     Args:
       source: "demo", a folder, a hub id `owner/name[@revision]`, or a remote folder.
-      dtype: "float32" is the parity mode (every matmul at full precision), "bfloat16" the fast mode.
-      mesh: None, the default device; sharded loading is not there yet.
+      dtype: "float32" is the parity mode (every matmul at full precision), "bfloat16" the fast mode; the decay rates
+        and output norms of linear layers are float32 in both.
+      mesh: from `make_mesh`; heads, MLPs, experts and vocabulary are split over "model". None: one device.
+      fsdp: split the residual dimension of every matrix over "data" too; each layer is gathered when it runs.
 
     Raises:
       ConfigError: config.json describes no model that can be run exactly.
       CheckpointError: tensors are unknown, missing, duplicate, misshapen or of another kind; all are listed.
+      MeshError: the mesh does not divide a dimension.
       SourceError: the source or a file of it cannot be had; its subclasses tell the causes apart.
     """
     if dtype not in _PRECISION:
         raise ValueError(f"dtype = {dtype!r}; expected 'float32' (parity) or 'bfloat16' (fast)")
-    if mesh is not None:
-        raise NotImplementedError("load_backbone(mesh=...) is not supported yet; load without a mesh")
+    if fsdp and mesh is None:
+        raise ValueError("fsdp=True splits weights over a mesh; give one: load_backbone(..., mesh=make_mesh())")
     place = resolve(source, what="model")
     config = read_config(place.fetch("config.json"), precision=_PRECISION[dtype])
-    tensors = checkpoint_tensors(config)
-    files = _match(place, config, tensors)
-    params = _allocate(tensors, config, jnp.dtype(dtype))
-    for tensor in tqdm(tensors, desc=f"loading {place.name}", unit=" tensors", disable=None, delay=2, leave=False):
-        _put(params, tensor, files[tensor.name].array(tensor.name))
+    shapes = parameter_shapes(config, jnp.dtype(dtype), mesh=mesh, fsdp=fsdp)
+    tensors, files = find_tensors(place, config)
+    params = _skeleton(config)
+    slabs = _slabs(tensors)
+    for slab in tqdm(slabs, desc=f"loading {place.name}", unit=" tensors", disable=None, delay=2, leave=False):
+        _put(params, slab, slab[0][1].leaf_of(shapes), files)
     return Backbone(config, params)
 
 
 def save_backbone(backbone: Backbone, folder: str | Path, *, shard_bytes: int = 5 << 30) -> None:
     """Writes a folder (config.json and safetensors) that `transformers` loads with equal logits.
 
-    The weights keep their dtype. Files above `shard_bytes` are split as the hub does; config.json comes last, so that
-    an interrupted save is never taken for a checkpoint.
+    Names are those of the releases; Qwen3.5 is written as the text model alone. The weights keep their dtype. Files
+    above `shard_bytes` are split as the hub does; config.json comes last, so that an interrupted save is never taken
+    for a checkpoint. On a mesh of several processes all must call it; the first one writes.
 
     Raises:
       FileExistsError: the folder already holds weights.
@@ -80,100 +84,115 @@ def save_backbone(backbone: Backbone, folder: str | Path, *, shard_bytes: int = 
     if old := sorted(path.name for path in folder.glob("model*.safetensors*")):
         raise FileExistsError(f"{folder} already holds {old[0]}; choose a new folder or remove the old checkpoint")
     config, params = backbone
+    writes = jax.process_index() == 0
+    finish_together("the folder was looked at")
     shards = _shards(checkpoint_tensors(config), params, shard_bytes)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
-        name = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / name, _Stored(params, shard), {"format": "pt"})
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        stored = {tensor.name: _Stored(params, tensor) for tensor in shard}
+        if writes:
+            write_tensors(folder / name, stored, {"format": "pt"})
+        else:
+            for key in write_order(stored):  # joins in gathering what the first process writes
+                np.asarray(stored[key])
         weight_map |= {tensor.name: name for tensor in shard}
         total += sum(_nbytes(params, tensor) for tensor in shard)
-    if len(shards) > 1:
-        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", config.to_hf() | {"dtype": str(params["embed"].dtype)})
+    if writes and len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if writes:
+        write_json(folder / "config.json", config.to_hf() | {"dtype": str(params["embed"].dtype)})
+    finish_together("the checkpoint is written")
 
 
-def parameter_shapes(config: ModelConfig, dtype=jnp.bfloat16) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, without memory."""
-    return jax.eval_shape(lambda: _allocate(checkpoint_tensors(config), config, jnp.dtype(dtype)))
+def parameter_shapes(
+    config: ModelConfig, dtype=jnp.bfloat16, *, mesh: AnyMesh | None = None, fsdp: bool = False
+) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s (with shardings if there is a mesh), without memory.
 
-
-def _match(place: Source, config: ModelConfig, tensors: list[Tensor]) -> dict[str, TensorFile]:
-    """Finds the file of every tensor, or raises with everything that does not fit."""
-    faults: list[str] = []
-    files: dict[str, TensorFile] = {}
-    for file in _open_files(place, faults):
-        for name in file.names:
-            if name in files:
-                faults.append(f"{name} stands in both {files[name].path.name} and {file.path.name}")
-            files[name] = file
-    wanted = {tensor.name: tensor for tensor in tensors}
-    known = wanted.keys() | ({HEAD.name} if config.tie_word_embeddings else set())
-    faults += [f"{name} is unknown to a {config.model_type} model" for name in sorted(files.keys() - known)]
-    faults += [f"{name} is missing" for name in wanted if name not in files]
-    for name in (name for name in wanted if name in files):
-        info = files[name].info(name)
-        if info.shape != wanted[name].stored_shape:
-            faults.append(f"{name} has shape {info.shape}, config.json implies {wanted[name].stored_shape}")
-        if info.dtype.name not in _FLOATS:
-            faults.append(f"{name} holds {info.dtype.name}, expected one of {', '.join(_FLOATS)}")
-    if not faults and config.tie_word_embeddings and HEAD.name in files:
-        faults += _check_tied(files, tensors[0].name)
-    if faults:
-        listed = "\n  ".join(faults[:40] + ([f"… and {len(faults) - 40} more"] if len(faults) > 40 else []))
-        raise CheckpointError(f"{place}: the checkpoint does not fit its config.json:\n  {listed}")
-    return files
-
-
-def _open_files(place: Source, faults: list[str]) -> Iterator[TensorFile]:
-    """Opens the single file, or every shard that the index names and checks the index against them."""
-    if place.has(_SINGLE):
-        yield open_tensors(place.fetch(_SINGLE))
-        return
-    if not place.has(_INDEX):
-        found = ", ".join(n for n in place.names() if n.endswith((".bin", ".pt", ".safetensors", ".gguf"))) or "none"
-        raise CheckpointError(f"{place}: expected {_SINGLE} or {_INDEX}, found weight files: {found}")
-    weight_map = _read_index(place.fetch(_INDEX))
-    for shard in sorted(set(weight_map.values())):
-        if not place.has(shard):
-            faults.append(f"{_INDEX} names the shard {shard}, which is missing")
+    Raises:
+      MeshError: the mesh does not divide a dimension.
+    """
+    shapes = _skeleton(config)
+    for _, piece in (slab[0] for slab in _slabs(checkpoint_tensors(config))):
+        if piece.period not in (None, 0):
             continue
-        file = open_tensors(place.fetch(shard))
-        promised = {name for name, where in weight_map.items() if where == shard}
-        faults += [
-            f"{name} should be in {shard} by the index, but is not" for name in sorted(promised - set(file.names))
-        ]
-        faults += [f"{name} is in {shard} but not in the index" for name in sorted(set(file.names) - weight_map.keys())]
-        yield file
+        lead = () if piece.period is None else (config.num_periods,)
+        experts = () if piece.expert is None or config.moe is None else (config.moe.num_experts,)
+        shape, axes = (*lead, *experts, *piece.shape), (*(None for _ in lead), *piece.row.axes)
+        place = None if mesh is None else sharding(axes, shape, mesh, fsdp=fsdp)
+        kind = jnp.float32 if piece.row.float32 else dtype
+        _parent(shapes, piece.leaf)[piece.leaf[-1]] = jax.ShapeDtypeStruct(shape, kind, sharding=place)
+    return shapes
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
-        if not all(isinstance(shard, str) and shard.endswith(".safetensors") for shard in weight_map.values()):
-            raise ValueError("weight_map must map tensor names to .safetensors files")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors index ({error})") from None
-    return weight_map
+Slab = list[tuple[str, Piece]]
 
 
-def _check_tied(files: Mapping[str, TensorFile], embed: str) -> list[str]:
-    head, table = files[HEAD.name].array(HEAD.name), files[embed].array(embed)
-    if head.shape == table.shape and np.array_equal(head, table):
-        return []
-    return [f"{HEAD.name} differs from {embed}, although config.json says tie_word_embeddings; set it to false"]
-
-
-def _allocate(tensors: list[Tensor], config: ModelConfig, dtype) -> Params:
-    leaves: dict[tuple[str | int, ...], jax.Array] = {}
+def _slabs(tensors: list[Tensor]) -> list[Slab]:
+    """Pieces with the names of their tensors, those of one layer of one leaf together."""
+    slabs: dict[Any, Slab] = {}
     for tensor in tensors:
-        if tensor.leaf not in leaves:
-            lead = () if tensor.period is None else (config.num_periods,)
-            leaves[tensor.leaf] = jnp.zeros(lead + tensor.shape, dtype)
-    params: Params = {"period": tuple({} for _ in config.period)}
-    for leaf, array in leaves.items():
-        parent = _parent(params, leaf)
-        parent[leaf[-1]] = array
-    return params
+        for piece in tensor.pieces:
+            slabs.setdefault((piece.leaf, piece.period), []).append((tensor.name, piece))
+    return list(slabs.values())
+
+
+def _put(params: Params, slab: Slab, leaf: jax.ShapeDtypeStruct, files: Mapping[str, TensorFile]) -> None:
+    """Reads one layer's part of a leaf and writes it into its place."""
+    piece = slab[0][1]
+    views = [piece.view(files[name].array(name)) for name, piece in slab]
+    turn, shape = piece.permutation, views[0].shape
+    if piece.expert is not None:
+        turn, shape = (0, *(1 + axis for axis in turn)), (len(views), *shape)
+
+    def read(index: Any) -> np.ndarray:
+        if piece.expert is None:
+            return views[0][index]
+        return np.stack([view[index[1:]] for view in views[index[0]]])
+
+    if isinstance(leaf.sharding, NamedSharding):
+        spec = leaf.sharding.spec[0 if piece.period is None else 1 :]
+        stored = PartitionSpec(*(spec[i] for i in np.argsort(turn)))
+        value = jax.make_array_from_callback(shape, NamedSharding(leaf.sharding.mesh, stored), read)
+    else:
+        value = read((slice(None),) * len(shape))
+    parent, key = _parent(params, piece.leaf), piece.leaf[-1]
+    if piece.period is None:
+        parent[key] = _held(value, turn, leaf)
+    else:
+        buffer = parent[key] if piece.period else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        parent[key] = _write(buffer, value, piece.period, turn, leaf)
+
+
+# Static: how the file stores it and the leaf, so one compilation serves all layers.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _held(value: jax.Array, turn: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    value = value.transpose(turn).astype(leaf.dtype)
+    return value if leaf.sharding is None else jax.lax.with_sharding_constraint(value, leaf.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write(buffer: jax.Array, value: jax.Array, period, turn: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    value = value.transpose(turn).astype(leaf.dtype)
+    buffer = jax.lax.dynamic_update_index_in_dim(buffer, value, period, 0)
+    return buffer if leaf.sharding is None else jax.lax.with_sharding_constraint(buffer, leaf.sharding)
+
+
+class _Stored:
+    """One tensor in the layout of the checkpoint, made (and on a mesh gathered) when NumPy asks for it."""
+
+    def __init__(self, params: Params, tensor: Tensor):
+        self._params, self._tensor = params, tensor
+        self.shape, self.dtype = tensor.stored_shape, tensor.pieces[0].leaf_of(params).dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        held = [to_host(piece.leaf_of(self._params)[piece.place]) for piece in self._tensor.pieces]
+        return to_stored(self._tensor, held)
+
+
+def _skeleton(config: ModelConfig) -> Params:
+    return {"period": tuple({} for _ in config.period)}
 
 
 def _parent(params: Any, leaf: tuple[str | int, ...]) -> Any:
@@ -182,40 +201,8 @@ def _parent(params: Any, leaf: tuple[str | int, ...]) -> Any:
     return params
 
 
-def _put(params: Params, tensor: Tensor, stored: np.ndarray) -> None:
-    parent, key = _parent(params, tensor.leaf), tensor.leaf[-1]
-    parent[key] = _write(parent[key], stored, tensor.period or 0, tensor.row.inputs, tensor.shape)
-
-
-# Static: how the tensor is stored and its shape, so one compilation serves all layers.
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write(buffer: jax.Array, stored: jax.Array, period: int, inputs: int, shape: tuple[int, ...]) -> jax.Array:
-    value = from_stored(stored, inputs, shape).astype(buffer.dtype)
-    if buffer.ndim == value.ndim:
-        return value
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, period, 0)
-
-
-class _Stored(Mapping):
-    """The tensors of one file in the layout of the checkpoint, made one at a time as the writer asks."""
-
-    def __init__(self, params: Params, tensors: list[Tensor]):
-        self._params = params
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        return to_stored(np.asarray(leaf_of(self._params, tensor)), tensor.row.inputs)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 def _nbytes(params: Params, tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * _parent(params, tensor.leaf)[tensor.leaf[-1]].dtype.itemsize
+    return math.prod(tensor.stored_shape) * tensor.pieces[0].leaf_of(params).dtype.itemsize
 
 
 def _shards(tensors: list[Tensor], params: Params, limit: int) -> list[list[Tensor]]:

@@ -53,12 +53,10 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
 def _copy_weights(params: Any, model: Any) -> None:
     import torch  # pyright: ignore[reportMissingImports]
 
-    from qscope_jax.backbone.tables import checkpoint_tensors, leaf_of, to_stored
+    from qscope_jax.backbone.tables import checkpoint_tensors, to_stored
 
-    state = {
-        tensor.name.removeprefix("model."): torch.from_numpy(
-            np.array(to_stored(np.asarray(leaf_of(params, tensor)), tensor.row.inputs))
-        )
-        for tensor in checkpoint_tensors(qwen3_1p7b(len(model.layers), "highest"))
-    }
+    state = {}
+    for tensor in checkpoint_tensors(qwen3_1p7b(len(model.layers), "highest")):
+        held = [np.asarray(piece.leaf_of(params)[piece.place]) for piece in tensor.pieces]
+        state[tensor.name.removeprefix("model.")] = torch.from_numpy(np.array(to_stored(tensor, held)))
     model.load_state_dict(state)
