@@ -149,10 +149,12 @@ def released(tensors: dict[str, np.ndarray], model_type: str) -> dict[str, np.nd
     if model_type == "qwen3":
         return tensors
     inner = {name.replace("model.", "model.language_model.", 1): array for name, array in tensors.items()}
-    others = (
-        "mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.mlp.experts.0.gate_proj.weight",
-        "mtp.layers.0.self_attn.q_proj.weight", "model.visual.patch_embed.proj.bias", "model.visual.merger.norm.weight",
-    )  # fmt: skip
+    mlp = "mtp.layers.0.mlp." + ("experts.0." if model_type.endswith("moe") else "")
+    others = [
+        *("mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"),
+        *(f"{mlp}{part}_proj.weight" for part in ("gate", "up", "down")),
+        *("model.visual.patch_embed.proj.bias", "model.visual.merger.norm.weight"),
+    ]
     return inner | {name: np.full(3, np.nan, BFLOAT16) for name in others}  # never to be read
 
 
