@@ -4,7 +4,8 @@ A mesh has the axes ("data", "model"). Arrays carry their mesh with them, also u
 arguments and needs no context; without a mesh every helper here is a no-op.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,14 +96,106 @@ def constrain(array: jax.Array, *axes: str | None, mesh: AnyMesh | None) -> jax.
     return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
 
 
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in NumPy; where it is spread over processes, all must call this and all get it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+def to_host(array: Any) -> np.ndarray:
+    """The whole of an array in this host's memory: a view where the host has it, else a copy.
+
+    If processes hold different parts, all must call this; every device then needs room for the whole array.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_replicated:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    if not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    # np.asarray would keep its copy for as long as the array lives.
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = shard.data
+    return whole
 
 
 def finish_together(what: str) -> None:
     """Waits until every process has come here; a no-op for one process."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def spans_processes(array: Any) -> bool:
+    """True for an array that lies on devices of other processes too; what is done with it, all of them must do."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def on_first_process(action: Callable[[], object]) -> None:
+    """Runs `action` on process 0 while the others wait for its end; an error there is an error everywhere.
+
+    Raises:
+      RuntimeError: on the other processes, if the action failed.
+    """
+    done = False
+    try:
+        if jax.process_index() == 0:
+            action()
+        done = True
+    finally:
+        done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    if not done:
+        raise RuntimeError("process 0 failed in what it does for all; its own message says why")
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    start_timeout: int = 300,
+    silence_timeout: int = 60,
+) -> None:
+    """Joins this process with the others of its job, so that `jax.devices()` are those of all.
+
+    Slurm steps of several tasks and Cloud TPU hosts are recognised, and JAX asks them for the three numbers; elsewhere
+    they are given. A process that is alone, or has joined before, just goes on. Call it before anything touches a
+    device, and before signal handlers are set: JAX sets its own for SIGTERM.
+
+    Args:
+      coordinator: host:port at which process 0 can be reached; the port must be free there.
+      processes: how many there are; 1 is alone, wherever it runs.
+      process: the number of this one, from 0.
+      start_timeout: seconds in which all processes must have come.
+      silence_timeout: seconds after which a silent process counts as dead; the others then end with an error.
+
+    Raises:
+      ValueError: some of the three are given but not all, or they contradict one another.
+      RuntimeError: JAX has touched a device already, or not all processes came in time.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    if jax.distributed.is_initialized() or processes == 1:
+        return
+    if missing := [name for name, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            raise ValueError(f"{', '.join(missing)} missing: several processes need {', '.join(given)}, all three")
+        if not _in_cluster():
+            return
+    elif not (process is not None and processes is not None and 0 <= process < processes):
+        raise ValueError(f"--process {process} does not lie in 0..{processes} - 1, the number of --processes")
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        cluster_detection_method=None if missing else "deactivate",
+        initialization_timeout=start_timeout,
+        heartbeat_timeout_seconds=silence_timeout,
+    )
+
+
+def _in_cluster() -> bool:
+    """True where `jax.distributed.initialize()` finds its arguments by itself and there may be several processes.
+
+    Slurm: the variables that `srun` sets for a task. Cloud TPU: JAX itself selects the platform on such a host; the
+    names of all hosts are in the environment on GKE and in the metadata server, which JAX asks, on a TPU VM.
+    """
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in os.environ for name in slurm) and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return True
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    several = hosts is None or "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    platforms: str = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    return several and "tpu" in platforms.split(",")

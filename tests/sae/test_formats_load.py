@@ -324,10 +324,6 @@ class TestSources:
         save_sae(make(), tmp_path, format="safetensors")
         assert open_sae(tmp_path, 3).file.format == "safetensors"
 
-    def test_a_mesh_is_refused_by_name(self, tmp_path):
-        with pytest.raises(NotImplementedError, match="mesh"):
-            load_sae(tmp_path, mesh=object())
-
     @pytest.mark.parametrize("dtype", ["float64", "int8"])
     def test_other_dtypes_are_refused(self, tmp_path, dtype):
         with pytest.raises(ValueError, match="expected one of float32, bfloat16, float16"):
@@ -458,7 +454,8 @@ class TestSaving:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory that Linux tells of")
-def test_loading_takes_the_memory_of_the_arrays_and_no_more(tmp_path):
+@pytest.mark.parametrize("mesh", ["None", "make_mesh(2, 4)"])
+def test_loading_takes_the_memory_of_the_arrays_and_no_more(tmp_path, mesh):
     """In a fresh process, so that the peak is its own: at most 1.05x the arrays beyond what jax itself takes."""
 
     big = init_sae(jax.random.key(0), SaeConfig(512, 16384, 4, layer=0))
@@ -466,6 +463,7 @@ def test_loading_takes_the_memory_of_the_arrays_and_no_more(tmp_path):
     code = """if True:
         import sys, threading, time, jax.numpy as jnp
         from qscope_jax import load_sae
+        from qscope_jax.mesh import make_mesh
         def anonymous():
             return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
         jnp.zeros(3).block_until_ready()
@@ -476,10 +474,10 @@ def test_loading_takes_the_memory_of_the_arrays_and_no_more(tmp_path):
                 peak[0] = max(peak[0], anonymous())
                 time.sleep(0.0005)
         thread = threading.Thread(target=watch); thread.start()
-        sae = load_sae(sys.argv[1])
+        sae = load_sae(sys.argv[1], mesh=eval(sys.argv[3]))
         done.append(1); thread.join()
         size = sum(a.nbytes for a in sae.params)
         assert peak[0] - before < 1.05 * size + (8 << 20), (peak[0] - before, size)
     """
     save_sae(make(), tmp_path / "small")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "small")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "small"), mesh], check=True)

@@ -10,8 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+from jax.sharding import Mesh, NamedSharding
+
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import Source, resolve
+from qscope_jax.mesh import MeshError, on_first_process, sharding, spans_processes, to_host
 from qscope_jax.sae.formats import native, qwen_scope, saelens
 from qscope_jax.sae.formats.facts import Facts, facts_of_name, overruled, settle
 from qscope_jax.sae.formats.find import Format, SaeFile, choose, layer_file_name, sae_files
@@ -19,7 +23,7 @@ from qscope_jax.sae.formats.matrices import StoredSae
 from qscope_jax.sae.formats.native import sae_sha256
 from qscope_jax.sae.formats.set_config import read_set_config, update_set_config
 from qscope_jax.sae.formats.stored import as_dtype, place
-from qscope_jax.sae.model import Sae, SaeParams
+from qscope_jax.sae.model import AXES, Sae, SaeConfig, SaeParams
 from qscope_jax.sae.release import parse_name
 
 __all__ = [
@@ -52,7 +56,7 @@ def load_sae(
     *,
     k: int | None = None,
     dtype: str | None = "float32",
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     allow_nonfinite: bool = False,
 ) -> Sae:
     """Loads the SAE of one layer from any supported file, reading (and downloading) that layer's file only.
@@ -62,18 +66,17 @@ def load_sae(
       layer: 0-based decoder layer; may be left out where the source holds one SAE.
       k: overrules what config.json, metadata or the set's name say, with a warning; needed where none of them speaks.
       dtype: of the parameters, "float32", "bfloat16" or "float16"; None keeps what the file holds.
-      mesh: only None (one device) is supported.
+      mesh: lays latents over "model" (see `qscope_jax.mesh`); a process then reads the slices of its own devices only.
+        None is the default device.
       allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
       FormatError: the file is damaged, hostile or of another kind; or names, config.json and tensors disagree; or k is
         unknown; or the layer is not there; or weights are not finite. The message says what was expected and found.
       SourceError: the source or a file of it cannot be had (see `qscope_jax.files.source`).
-      NotImplementedError: a mesh was given.
+      MeshError: the mesh does not divide the number of latents.
     """
-    if mesh is not None:
-        raise NotImplementedError("load_sae(mesh=...): sharded SAEs are not supported yet; load without a mesh")
-    return read_sae(open_sae(source, layer), k=k, dtype=dtype, allow_nonfinite=allow_nonfinite)
+    return read_sae(open_sae(source, layer), k=k, dtype=dtype, mesh=mesh, allow_nonfinite=allow_nonfinite)
 
 
 def load_saes(
@@ -127,23 +130,32 @@ def open_sae(source: str | os.PathLike[str] | Source, layer: int | None = None) 
 
 
 def read_sae(
-    opened: OpenSae, *, k: int | None = None, dtype: str | None = "float32", allow_nonfinite: bool = False
+    opened: OpenSae,
+    *,
+    k: int | None = None,
+    dtype: str | None = "float32",
+    mesh: Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> Sae:
     """Reads the weights of an opened SAE once, checking them on the way; options and errors as for `load_sae`."""
     kind = None if dtype is None else as_dtype(dtype)
     config = settle(str(opened.path), opened.facts, k=k)
     if k is not None and (others := overruled(opened.facts, k)):
         warnings.warn(f"{opened.path}: using k = {k} as given; {others}", stacklevel=3)
+    shardings = _shardings(opened, mesh)
     arrays = {}
     for name in SaeParams._fields:
-        stored = getattr(opened.stored, name)
-        where = f"{opened.path}: {name}"
-        arrays[name] = place(stored, kind or stored.array.dtype, where=where, allow_nonfinite=allow_nonfinite)
+        stored, where = getattr(opened.stored, name), f"{opened.path}: {name}"
+        options = {"where": where, "allow_nonfinite": allow_nonfinite, "sharding": shardings.get(name)}
+        arrays[name] = place(stored, kind or stored.array.dtype, **options)
     return Sae(SaeParams(**arrays), config)
 
 
 def save_sae(sae: Sae, path: str | os.PathLike[str], *, format: Format = "safetensors") -> Path:
     """Writes one SAE, whole or not at all, and reads it back; returns the path of the file with its weights.
+
+    An SAE on a mesh is gathered, one tensor after the other. If it spans processes, all of them call this, the first
+    writes, and all return or fail together.
 
     Args:
       sae: the SAE; its dtype is kept.
@@ -158,22 +170,42 @@ def save_sae(sae: Sae, path: str | os.PathLike[str], *, format: Format = "safete
     """
     if format not in _WRITERS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(_WRITERS)}")
-    path = Path(path)
+    file, in_set = _file_of(sae.config, Path(path), format)
+    whole = jax.tree.map(to_host, sae)
+
+    def write():
+        if in_set:
+            update_set_config(file.parent, sae.config)
+        _WRITERS[format](whole, file)
+
+    if spans_processes(sae.params.w_enc):
+        on_first_process(write)
+    else:
+        write()
+    return file
+
+
+def _file_of(config: SaeConfig, path: Path, format: Format) -> tuple[Path, bool]:
+    """The file that the weights go to, and whether the config.json beside it must speak of it."""
     if format == "saelens":
-        saelens.write(sae, path)
-        return path / saelens.WEIGHTS
+        return path / saelens.WEIGHTS, False
     ending = ".pt" if format == "qwen-scope" else ".safetensors"
     if path.suffix == ending and not path.is_dir():
-        if format == "qwen-scope":
-            update_set_config(path.parent, sae.config)  # the .pt file itself has no place for k
-        _WRITERS[format](sae, path)
-        return path
-    if sae.config.layer is None:
+        return path, format == "qwen-scope"  # which has no place for k of its own
+    if config.layer is None:
         raise ValueError(f"{path}: the SAE's layer is unknown; give a file name that ends in {ending}")
-    update_set_config(path, sae.config)
-    path = path / layer_file_name(format, sae.config.layer)
-    _WRITERS[format](sae, path)
-    return path
+    return path / layer_file_name(format, config.layer), True
+
+
+def _shardings(opened: OpenSae, mesh: Mesh | None) -> dict[str, NamedSharding]:
+    """Where each tensor lies; empty without a mesh."""
+    if mesh is None:
+        return {}
+    try:
+        shapes = {name: getattr(opened.stored, name).array.shape for name in SaeParams._fields}
+        return {name: sharding(AXES[name], shape, mesh) for name, shape in shapes.items()}
+    except MeshError as error:
+        raise MeshError(f"{opened.path}: {error}") from None
 
 
 def _config_facts(source: Source, path: Path, file: SaeFile, layer: int | None) -> list[Facts]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qscope_jax.mesh import to_host
 from qscope_jax.sae.formats.matrices import StoredSae, check_matrices
 from qscope_jax.sae.formats.torch_pickle import open_torch
 from qscope_jax.sae.formats.torch_write import write_torch
@@ -30,10 +31,6 @@ def write(sae: Sae, path: Path) -> None:
 
 
 def release_arrays(params: SaeParams) -> dict[str, np.ndarray]:
-    """The tensors under the release's names and in its orientation, as host views; the matrices are not copied."""
-    return {
-        "W_enc": np.asarray(params.w_enc).T,
-        "W_dec": np.asarray(params.w_dec).T,
-        "b_enc": np.asarray(params.b_enc),
-        "b_dec": np.asarray(params.b_dec),
-    }
+    """The tensors under the release's names and in its orientation, on the host (see `to_host`), matrices as views."""
+    w_enc, b_enc, w_dec, b_dec = map(to_host, params)
+    return {"W_enc": w_enc.T, "W_dec": w_dec.T, "b_enc": b_enc, "b_dec": b_dec}

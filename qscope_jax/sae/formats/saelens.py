@@ -85,16 +85,16 @@ def read_facts(path: Path) -> Facts:
     )
 
 
-def write(sae: Sae, folder: Path) -> None:
-    """Writes a SAELens folder that `sae_lens.SAE.load_from_disk` reads.
+def write(sae: Sae, path: Path) -> None:
+    """Writes a SAELens folder, given by the path of its weights, that `sae_lens.SAE.load_from_disk` reads.
 
     The old cfg.json goes first and the new one comes last: a folder with both files is always of one SAE.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(CONFIG).unlink(missing_ok=True)
     params, config = sae.params, sae.config
     arrays = {name: np.asarray(array) for name, array in zip(("W_enc", "b_enc", "W_dec", "b_dec"), params, strict=True)}
-    write_tensors(folder / WEIGHTS, arrays)
+    write_tensors(path, arrays)
     hooks = {}
     if config.layer is not None:
         hooks = {
@@ -122,7 +122,7 @@ def write(sae: Sae, folder: Path) -> None:
             **{key: value for key, value in known.items() if value is not None},
         },
     }
-    write_json(folder / CONFIG, content)
+    write_json(path.with_name(CONFIG), content)
 
 
 def _layer(path: Path, metadata: dict[str, Any]) -> int | None:

@@ -8,16 +8,18 @@ therefore peaks at the size of the arrays themselves.
 import hashlib
 import zlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qscope_jax.files.recognise import FormatError
 
 _ALIGNMENT = 64  # what JAX's CPU client asks of a buffer it adopts
 _CHUNK = 2 << 20  # stays in the cache between the check, the cast and the transposed write
+_Bounds = tuple[tuple[int, int], ...]  # first and one past the last index along each axis
 _ROWS = 16  # so that a transposed write fills whole cache lines, however long the rows are
 
 
@@ -63,42 +65,83 @@ def sha256_of(array: np.ndarray) -> str:
     return running.result()
 
 
-def place(stored: StoredTensor, dtype: np.dtype, *, where: str, allow_nonfinite: bool = False) -> jax.Array:
-    """Reads a stored tensor once and returns it as a JAX array of `dtype` on the default device.
+def place(
+    stored: StoredTensor,
+    dtype: np.dtype,
+    *,
+    where: str,
+    allow_nonfinite: bool = False,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
+    """Reads a stored tensor once and returns it as a JAX array of `dtype`, by default on the default device.
+
+    With a sharding, only the slices that this process's devices hold are read; the checksum can then be verified only
+    where they make up the whole tensor, as they do in a single process.
 
     Raises:
       FormatError: the checksum does not match, values are NaN or infinite, or do not fit into `dtype`.
     """
-    source = stored.array
-    # Chunks follow the order of the file, whatever order the result has.
-    axes = sorted(range(source.ndim), key=lambda axis: -source.strides[axis])
-    target = _aligned(source.shape, dtype)
-    read, write = source.transpose(axes), target.transpose(axes)
-    running = Running(stored.checksum.kind) if stored.checksum else None
-    bad = lost = 0
-    for start, stop in _blocks(read):
-        chunk = read[start:stop]
-        if running:
-            running.update(chunk)
-        with np.errstate(over="ignore", invalid="ignore"):
-            write[start:stop] = chunk
-        wrong = _count_nonfinite(chunk)
-        bad += wrong
-        if dtype != source.dtype:
-            lost += _count_nonfinite(write[start:stop]) - wrong
-    if running and stored.checksum and running.result() != stored.checksum.expected:
+    holders = _holders(sharding, stored.array.shape)
+    parts = {bounds: _aligned(tuple(stop - start for start, stop in bounds), dtype) for bounds in holders}
+    found, bad, lost = _read(stored, parts)
+    if stored.checksum and found not in (None, stored.checksum.expected):
         raise FormatError(
             f"{where}: the data are damaged: expected {stored.checksum.kind} {stored.checksum.expected}, "
-            f"found {running.result()}; download or write the file again"
+            f"found {found}; download or write the file again"
         )
     if bad and not allow_nonfinite:
         raise FormatError(
-            f"{where}: {bad:,} of {source.size:,} values are NaN or infinite, expected none; "
+            f"{where}: {bad:,} of {stored.array.size:,} values are NaN or infinite, expected none; "
             "the file is damaged or the training diverged (allow_nonfinite=True loads it all the same)"
         )
     if lost:
         raise FormatError(f"{where}: {lost:,} values do not fit into {dtype}; load it as float32 or bfloat16")
-    return jax.device_put(target)
+    arrays = [jax.device_put(parts[bounds], device) for bounds, devices in holders.items() for device in devices]
+    if sharding is None:
+        return arrays[0]
+    return jax.make_array_from_single_device_arrays(stored.array.shape, sharding, arrays)
+
+
+def _holders(sharding: NamedSharding | None, shape: tuple[int, ...]) -> dict[_Bounds, list[Any]]:
+    """The distinct slices of an array that this process holds, and the devices that hold each."""
+    if sharding is None:
+        return {tuple((0, size) for size in shape): [None]}
+    holders: dict[_Bounds, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    return holders
+
+
+def _read(stored: StoredTensor, parts: dict[_Bounds, np.ndarray]) -> tuple[str | None, int, int]:
+    """Fills slices of a tensor in one pass over the file.
+
+    Returns the checksum, None where there is none or the parts are not the whole tensor, and how many values were NaN
+    or infinite in the file, and how many became so in the parts' dtype.
+    """
+    source = stored.array
+    # Chunks follow the order of the file, whatever order the result has.
+    axes = sorted(range(source.ndim), key=lambda axis: -source.strides[axis])
+    file = source.transpose(axes)
+    targets = [([bounds[axis] for axis in axes], part.transpose(axes)) for bounds, part in parts.items()]
+    whole = sum(part.size for part in parts.values()) == source.size
+    running = Running(stored.checksum.kind) if stored.checksum and whole else None
+    bad = lost = 0
+    for start, stop in _blocks(file):
+        if running:
+            running.update(file[start:stop])
+        for ((first, last), *others), target in targets:
+            begin, end = max(start, first), min(stop, last)
+            if begin >= end:
+                continue
+            chunk, written = file[begin:end, *(slice(*bound) for bound in others)], target[begin - first : end - first]
+            with np.errstate(over="ignore", invalid="ignore"):
+                written[...] = chunk
+            wrong = _count_nonfinite(chunk)
+            bad += wrong
+            if target.dtype != source.dtype:
+                lost += _count_nonfinite(written) - wrong
+    return running.result() if running else None, bad, lost
 
 
 def _blocks(array: np.ndarray) -> Iterator[tuple[int, int]]:
