@@ -1,8 +1,8 @@
 """The portable form: one group after another, its rows in tiles; loops run as often as the sizes ask, not more.
 
-For a group g and a tile of its rows:  out[rows] = x[rows] @ w[g];  dx[rows] = dy[rows] @ w[g].T;  dw[g] += x[rows].T @ dy[rows]
-
-Nothing that is made grows with the number of groups, and the matrix of a group without rows is never read.
+For a group g and a tile of its rows:  out[rows] = x[rows] @ w[g],  dx[rows] = dy[rows] @ w[g].T  and
+dw[g] += x[rows].T @ dy[rows].  Nothing that is made grows with the number of groups, and the matrix of a group without
+rows is never read. A TPU has `lax.ragged_dot`, which elsewhere expands to every row times every matrix.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,22 @@ Carry = TypeVar("Carry")
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, precision) -> jax.Array:
     """x [n, d] times the matrix of w [e, d, m] that each row's group names; zero rows past the groups."""
-    # Inside `shard_map` all three may vary along different mesh axes; the transpose of this cast sums gradients there.
-    axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in (x, w, group_sizes)))
-    x, w, group_sizes = (_varying(array, axes) for array in (x, w, group_sizes))
-    return _grouped_matmul(precision, x, w, group_sizes)
+    # Inside `shard_map` the three may vary along different mesh axes; the transpose of this cast sums gradients there.
+    axes = frozenset().union(*(_axes(array) for array in (x, w, group_sizes)))
+    return _grouped_matmul(precision, *(_varying(array, axes) for array in (x, w, group_sizes)))
+
+
+def _axes(array: jax.Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def _varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    return jax.lax.pcast(array, tuple(axes - jax.typeof(array).manual_axis_type.varying), to="varying")
+    return jax.lax.pcast(array, tuple(axes - _axes(array)), to="varying")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(precision, x, w, group_sizes):
-    return _rows_times_matrices(precision, x, w, group_sizes, contract=1)
+    return _rows_times_matrices(x, w, group_sizes, contract=1, precision=precision)
 
 
 def _forward(precision, x, w, group_sizes):
@@ -38,17 +41,16 @@ def _forward(precision, x, w, group_sizes):
 
 def _backward(precision, saved, dy):
     x, w, group_sizes = saved
-    dx = _rows_times_matrices(precision, dy, w, group_sizes, contract=2)
-    return dx, _rows_times_rows(precision, x, dy, w, group_sizes), None
+    dx = _rows_times_matrices(dy, w, group_sizes, contract=2, precision=precision)
+    return dx, _rows_times_rows(x, dy, group_sizes, precision=precision), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _rows_times_matrices(precision, x, w, group_sizes, *, contract: int) -> jax.Array:
+def _rows_times_matrices(x, w, group_sizes, *, contract: int, precision) -> jax.Array:
     """Rows of x times their group's matrix, of which axis `contract` of w is summed over."""
     n, tile = x.shape[0], _tile(x.shape[0], w.shape[0])
-    dot = partial(_dot, axes=(1, contract - 1), precision=precision)
 
     def group(g, start, end, out):
         # Tied to the loop: jax 0.10 on CPU would otherwise widen a whole bfloat16 stack before it.
@@ -56,41 +58,61 @@ def _rows_times_matrices(precision, x, w, group_sizes, *, contract: int) -> jax.
         matrix = jax.lax.dynamic_index_in_dim(stack, g, keepdims=False)
 
         def rows(first, own, out):
-            product = dot(jax.lax.dynamic_slice_in_dim(x, first, tile), matrix)
+            product = _dot(jax.lax.dynamic_slice_in_dim(x, first, tile), matrix, (1, contract - 1), precision)
             product = jnp.where(own, product, jax.lax.dynamic_slice_in_dim(out, first, tile))
             return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
 
         return _each_tile(n, tile, start, end, rows, out)
 
-    # Float32 until the end, for the same reason: there, an update in place of a bfloat16 array rewrites all of it.
-    out = jax.lax.full_like(x, 0, jnp.float32, shape=(n, w.shape[3 - contract]))
-    return _each_group(group_sizes, group, out).astype(x.dtype)
+    def in_tiles(x, w, group_sizes):
+        # Float32 until the end, for the same reason: there, an update in place of a bfloat16 array rewrites all of it.
+        out = jax.lax.full_like(x, 0, jnp.float32, shape=(n, w.shape[3 - contract]))
+        return _each_group(group_sizes, group, out).astype(x.dtype)
+
+    def ragged(x, w, group_sizes):
+        out = _ragged_dot(x, w, group_sizes, (1, contract), [0], precision)
+        return jnp.where(jnp.arange(n)[:, None] < group_sizes.sum(), out, 0)
+
+    return jax.lax.platform_dependent(x, w, group_sizes, tpu=ragged, default=in_tiles)
 
 
-def _rows_times_rows(precision, x, dy, w, group_sizes) -> jax.Array:
+def _rows_times_rows(x, dy, group_sizes, *, precision) -> jax.Array:
     """The gradient of w: per group the float32 sum over its rows of x outer dy; 0 without rows."""
-    n, tile = x.shape[0], _tile(x.shape[0], w.shape[0])
-    dot = partial(_dot, axes=(0, 0), precision=precision)
+    shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
+    n, tile = x.shape[0], _tile(x.shape[0], shape[0])
 
     def group(g, start, end, dw):
         def rows(first, own, total):
             left, right = (jax.lax.dynamic_slice_in_dim(array, first, tile) for array in (x, dy))
-            return total + dot(jnp.where(own, left, 0), jnp.where(own, right, 0))
+            return total + _dot(jnp.where(own, left, 0), jnp.where(own, right, 0), (0, 0), precision)
 
-        total = jax.lax.full_like(x, 0, jnp.float32, shape=w.shape[1:])
+        total = jax.lax.full_like(x, 0, jnp.float32, shape=shape[1:])
         total = _each_tile(n, tile, start, end, rows, total)
         return jax.lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), g, 0)
 
-    return _each_group(group_sizes, group, jax.lax.full_like(w, 0))
+    def in_tiles(x, dy, group_sizes):
+        # Always 0, which the compiler must not know: it would make one stack of zeros for all gradients, and copy it.
+        zero = jnp.where(jnp.sum(group_sizes) > n, jnp.sum(dy[:1]), 0)
+        return _each_group(group_sizes, group, jnp.broadcast_to(zero, shape))
+
+    def ragged(x, dy, group_sizes):
+        return _ragged_dot(x, dy, group_sizes, (0, 0), [], precision)
+
+    return jax.lax.platform_dependent(x, dy, group_sizes, tpu=ragged, default=in_tiles)
 
 
-def _dot(a: jax.Array, b: jax.Array, *, axes: tuple[int, int], precision) -> jax.Array:
-    dims = (((axes[0],), (axes[1],)), ((), ()))
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], precision) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _ragged_dot(a: jax.Array, b: jax.Array, group_sizes, contract: tuple[int, int], groups: list[int], precision):
+    dims = jax.lax.RaggedDotDimensionNumbers((((contract[0],), (contract[1],)), ((), ())), [0], groups)
+    return jax.lax.ragged_dot_general(a, b, group_sizes, dims, precision=precision)
+
+
 def _tile(n: int, e: int) -> int:
-    """Rows per tile: half the mean group as a power of two, so that few rows of a last tile are wasted."""
+    """Rows per tile: about half the mean group, so that few rows of a last tile are wasted."""
     half = max(n // (2 * e), 1)
     return min(n, max(8, min(256, 1 << (half.bit_length() - 1))))
 
@@ -108,7 +130,7 @@ def _each_group(group_sizes: jax.Array, body: Callable[..., Carry], carry: Carry
 
 
 def _each_tile(n: int, tile: int, start, end, body: Callable[..., Carry], carry: Carry) -> Carry:
-    """Folds body(first row, which rows are the group's and new [tile, 1], carry) over rows start..end in tiles."""
+    """Folds body(first row, which of its rows are still to do [tile, 1], carry) over rows start..end in tiles."""
 
     def step(i, carry):
         wanted = start + i * tile

@@ -1,0 +1,143 @@
+"""Experts run on their own tokens only, on one device as on many."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qscope_jax.backbone.experts import expert_mlp, route
+from qscope_jax.mesh import make_mesh
+
+N, E, A, D, M = 24, 8, 3, 6, 5
+
+
+def inputs(n=N, e=E, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    x, gate, up, down = (rng.normal(size=s) for s in ((n, D), (e, D, M), (e, D, M), (e, M, D)))
+    weights, experts = route(jnp.asarray(2 * rng.normal(size=(n, e)), jnp.float32), A, normalise=True)
+    x, gate, up, down = (jnp.asarray(array, dtype) for array in (x, gate, up, down))
+    return x, weights.astype(dtype), experts, gate, up, down
+
+
+def oracle(x, weights, experts, gate, up, down):
+    """Token by token, expert by expert, in float64."""
+    x, weights, gate, up, down = (np.asarray(array, np.float64) for array in (x, weights, gate, up, down))
+    out = np.zeros_like(x)
+    for i, (row, ws, js) in enumerate(zip(x, weights, np.asarray(experts), strict=True)):
+        for w, j in zip(ws, js, strict=True):
+            g = row @ gate[j]
+            out[i] += w * ((g / (1 + np.exp(-g)) * (row @ up[j])) @ down[j])
+    return out
+
+
+def dense(x, weights, experts, gate, up, down):
+    """Every expert on every token, for `jax.grad`."""
+    hidden = jax.nn.silu(jnp.einsum("nd,edm->nem", x, gate)) * jnp.einsum("nd,edm->nem", x, up)
+    share = jnp.sum(jax.nn.one_hot(experts, gate.shape[0]) * weights[:, :, None], axis=1)
+    return jnp.einsum("nem,emd,ne->nd", hidden, down, share)
+
+
+def loss_of(function):
+    """A scalar of (x, weights, gate, up, down) and the fixed experts; its gradient has five parts."""
+    return lambda x, weights, experts, gate, up, down: jnp.sum(function(x, weights, experts, gate, up, down) ** 2)
+
+
+compute = jax.jit(lambda *args: expert_mlp(*args, precision="highest"))
+value_and_grads = jax.jit(jax.value_and_grad(loss_of(compute), argnums=(0, 1, 3, 4, 5)))
+
+
+def close(found, want, rtol=2e-5):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert np.any(np.asarray(other))
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * np.abs(other).max())
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_router_keeps_the_largest_of_a_softmax_over_all(normalise):
+    logits = np.random.default_rng(0).normal(size=(N, E)).astype(np.float32)
+    weights, experts = route(jnp.asarray(logits, jnp.bfloat16), A, normalise=normalise)
+    assert (weights.dtype, experts.dtype) == (jnp.float32, jnp.int32)
+    p = np.exp(np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64))
+    p /= p.sum(1, keepdims=True)
+    best = np.argsort(-p, axis=1, kind="stable")[:, :A]
+    kept = np.take_along_axis(p, best, axis=1)
+    np.testing.assert_array_equal(experts, best)
+    np.testing.assert_allclose(weights, kept / (kept.sum(1, keepdims=True) if normalise else 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, N])
+def test_it_is_the_weighted_sum_of_each_tokens_experts(n):
+    args = inputs(n)
+    np.testing.assert_allclose(compute(*args), oracle(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_keeps_its_type_and_its_accuracy():
+    args = inputs(dtype="bfloat16")
+    out = compute(*args)
+    assert out.dtype == jnp.bfloat16
+    want = oracle(*args)
+    assert np.linalg.norm(np.asarray(out, np.float64) - want) < 1e-2 * np.linalg.norm(want)
+
+
+def test_one_expert_may_take_all_tokens():
+    x, weights, _, *stacks = inputs()
+    args = x, weights, jnp.full((N, A), 5, jnp.int32), *stacks
+    np.testing.assert_allclose(compute(*args), oracle(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_those_of_every_expert_on_every_token():
+    args = inputs()
+    close(value_and_grads(*args), jax.value_and_grad(loss_of(dense), argnums=(0, 1, 3, 4, 5))(*args))
+
+
+def test_a_token_reads_only_its_own_experts():
+    x, weights, experts, *stacks = inputs(n=1)
+    unused = np.setdiff1d(np.arange(E), experts)
+    poisoned = [stack.at[unused].set(jnp.nan) for stack in stacks]
+    want, found = (value_and_grads(x, weights, experts, *s) for s in (stacks, poisoned))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+@pytest.mark.parametrize("function", [compute, value_and_grads], ids=["forward", "gradient"])
+def test_temporary_memory_does_not_grow_with_the_experts(function):
+    n, d, m = 128, 64, 96
+
+    def temporary(e):
+        shapes = [(n, d), (n, A), (n, A), (e, d, m), (e, d, m), (e, m, d)]
+        types = [jnp.float32, jnp.float32, jnp.int32, *[jnp.float32] * 3]
+        args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+        return function.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(128) - temporary(16) < d * m * 4
+
+
+def laid_out(args, mesh):
+    x, weights, experts, *stacks = args
+    split = "data" if len(x) % mesh.shape["data"] == 0 else None
+    tokens = [jax.device_put(array, NamedSharding(mesh, P(split))) for array in (x, weights, experts)]
+    return *tokens, *(jax.device_put(stack, NamedSharding(mesh, P("model"))) for stack in stacks)
+
+
+@pytest.mark.parametrize("n", [N, 1], ids=["tokens split", "one token"])
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1), (1, 8)], ids=str)
+def test_a_mesh_computes_the_same(shape, n):
+    args = inputs(n)
+    spread = laid_out(args, make_mesh(*shape))
+    np.testing.assert_allclose(compute(*spread), compute(*args), rtol=1e-5, atol=1e-5)
+    found = value_and_grads(*spread)
+    close(found, value_and_grads(*args))
+    for gradient in found[1][2:]:
+        assert gradient.sharding.shard_shape(gradient.shape)[0] == E // shape[1]
+
+
+def test_no_experts_weights_travel():
+    args = laid_out(inputs(), make_mesh(2, 4))
+    for function in (compute, value_and_grads):
+        text = function.lower(*args).compile().as_text()
+        moved = re.findall(r"= \(?(\w+\[[\d,]*\]).* (all-gather|all-to-all|collective-permute)", text)
+        assert [what for what in moved if what[0].count(",") > 1] == []
+        assert "all-reduce" in text  # what the search would find is there
