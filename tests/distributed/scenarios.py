@@ -1,0 +1,78 @@
+"""What several processes do together. A scenario is a function of a folder that all processes run; see conftest.py.
+
+python scenarios.py SCENARIO FOLDER SECONDS_OF_SILENCE [COORDINATOR PROCESSES PROCESS]
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qscope_jax.mesh import make_mesh, start_distributed, to_host
+from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
+from qscope_jax.sae.model import decode, encode
+
+MESHES = {"within": (2, 4), "across": (1, 8)}  # latents split inside each process, or over both
+
+
+def outcome(action) -> str:
+    """The name of the error that an action ends with, and what it says."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def hello(folder: Path) -> None:
+    """Who is there."""
+    print(f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices")
+
+
+def sae(folder: Path) -> None:
+    """Loads `sae/` over all devices, encodes and decodes `x.npy`, saves it again; and meets two faults."""
+    x, results = np.load(folder / "x.npy"), {}
+    for name, shape in MESHES.items():
+        mesh = make_mesh(*shape)
+        loaded = load_sae(folder / "sae", mesh=mesh)
+        tokens = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None)))
+        code = jax.jit(encode)(loaded, tokens)
+        x_hat = jax.jit(decode)(loaded, code)
+        gradient = jax.jit(jax.grad(lambda sae, x: jnp.sum((decode(sae, encode(sae, x)) - x) ** 2)))(loaded, tokens)
+        arrays = {"values": code.values, "indices": code.indices, "x_hat": x_hat, **gradient.params._asdict()}
+        results |= {f"{name}.{key}": to_host(array) for key, array in arrays.items()}
+        results[f"{name}.sha256"] = np.array(sae_sha256(loaded))
+        save_sae(loaded, folder / name)
+    me = jax.process_index()
+    np.savez(folder / f"results{me}.npz", **results)
+    # Latents of process 1 hold a NaN, which process 0 does not read.
+    read = outcome(lambda: load_sae(folder / "damaged", mesh=make_mesh(*MESHES["across"])))
+    # A folder of other SAEs: only process 0 looks there.
+    written = outcome(lambda: save_sae(loaded, folder / "others"))
+    (folder / f"outcome{me}.txt").write_text(f"{read}\n{written}\n")
+
+
+def lose_process(folder: Path) -> None:
+    """All add up numbers for ever; the process whose number is in `victim` is killed on the way."""
+    mesh = make_mesh(2, 4)
+    ones = jax.make_array_from_callback(
+        (8,), NamedSharding(mesh, PartitionSpec(("data", "model"))), lambda index: np.ones(8, np.float32)[index]
+    )
+    total, steps = jax.jit(jnp.sum), 0
+    while True:
+        assert total(ones) == 8
+        steps += 1
+        if steps == 3 and jax.process_index() == int((folder / "victim").read_text()):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    scenario, folder, silence, *flags = sys.argv[1:]
+    coordinator, processes, process = (flags[0], *map(int, flags[1:])) if flags else (None, None, None)
+    start_distributed(coordinator, processes, process, start_timeout=120, silence_timeout=int(silence))
+    globals()[scenario](Path(folder))

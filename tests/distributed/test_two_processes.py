@@ -1,0 +1,71 @@
+"""Two processes of four devices each do what one does alone, and neither outlives the other."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
+from qscope_jax.sae.model import SaeConfig, decode, encode, init_sae
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`sae/`, `x.npy`, `damaged/` with a NaN among the last latents, and `others/`, SAEs of another shape."""
+    sae = init_sae(jax.random.key(0), SaeConfig(d_model=16, d_sae=64, k=10, layer=0))
+    save_sae(sae, tmp_path / "sae")
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).normal(size=(24, 16)).astype(np.float32))
+    w_enc = sae.params.w_enc.at[3, 60].set(jnp.nan)
+    save_sae(sae._replace(params=sae.params._replace(w_enc=w_enc)), tmp_path / "damaged")
+    save_sae(init_sae(jax.random.key(0), SaeConfig(d_model=8, d_sae=32, k=2, layer=1)), tmp_path / "others")
+    return tmp_path, sae
+
+
+@pytest.mark.slow
+def test_an_sae_over_two_processes(folder, together):
+    folder, sae = folder
+    ended = together("sae", folder)
+    assert [one.code for one in ended] == [0, 0], [one.output for one in ended]
+
+    x = np.load(folder / "x.npy")
+    code = encode(sae, x)
+    gradient = jax.grad(lambda sae: jnp.sum((decode(sae, encode(sae, x)) - x) ** 2))(sae)
+    alone = save_sae(load_sae(folder / "sae"), folder / "alone").parent
+    expected = {"values": code.values, "x_hat": decode(sae, code), **gradient.params._asdict()}
+    for process in range(2):
+        found = np.load(folder / f"results{process}.npz")
+        for mesh in ("within", "across"):
+            np.testing.assert_array_equal(found[f"{mesh}.indices"], code.indices)
+            for name, array in expected.items():
+                np.testing.assert_allclose(found[f"{mesh}.{name}"], array, rtol=1e-4, atol=1e-5)
+            assert found[f"{mesh}.sha256"] == sae_sha256(sae)
+            for path in alone.iterdir():
+                assert (folder / mesh / path.name).read_bytes() == path.read_bytes()
+
+    outcomes = [(folder / f"outcome{process}.txt").read_text().splitlines() for process in range(2)]
+    assert outcomes[0][0] == "done"
+    assert "w_enc: 1 of 1,024 values are NaN" in outcomes[1][0]
+    assert outcomes[0][1].startswith("FormatError")
+    assert outcomes[1][1].startswith("RuntimeError: process 0 failed")
+    assert json.loads((folder / "others" / "config.json").read_text())["d_sae"] == 32
+
+
+@pytest.mark.slow
+def test_slurm_tasks_find_each_other(tmp_path, together):
+    ended = together("hello", tmp_path, slurm=True)
+    assert [one.code for one in ended] == [0, 0], [one.output for one in ended]
+    for number, one in enumerate(ended):
+        assert f"process {number} of 2, 8 devices" in one.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_is_killed_the_other_ends_with_an_error(tmp_path, together, victim):
+    (tmp_path / "victim").write_text(str(victim))
+    silence = 6
+    ended = together("lose_process", tmp_path, silence=silence)
+    assert ended[victim].code == -9, ended[victim].output
+    assert ended[1 - victim].code != 0
+    assert ended[1 - victim].seconds - ended[victim].seconds < 2 * silence
