@@ -4,6 +4,7 @@ No number has a default here: a missing one is an error, because a guessed one g
 one value is supported (attention_bias, hidden_act, use_sliding_window) may be absent.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,12 +143,10 @@ class ModelConfig:
         text = raw.get("text_config", raw)
         if not isinstance(text, dict):
             raise ConfigError(f"{where}: text_config is {type(text).__name__}, expected an object")
-        named = [raw.get("model_type"), *([text.get("model_type", raw.get("model_type"))] if text is not raw else [])]
-        families = {_FAMILIES.get(name) if isinstance(name, str) else None for name in named}
-        family = families.pop()
-        if families or family is None:
-            known = ", ".join(map(repr, _FAMILIES))
-            raise ConfigError(f"{where}: model_type {named[0]!r} is not supported; supported: {known}")
+        family = _family(raw.get("model_type"), where)
+        inner = text.get("model_type", raw.get("model_type"))
+        if _family(inner, where) != family:
+            raise ConfigError(f"{where}: model_type {raw['model_type']!r} with a text_config of {inner!r}; expected one family")
         reader = Reader(text, raw, family, where)
         fields = _fields(reader, family)
         reader.raise_faults()
@@ -179,6 +178,8 @@ class ModelConfig:
         if self.moe is not None and self.moe.shared_intermediate_size is not None:
             common["shared_expert_intermediate_size"] = self.moe.shared_intermediate_size
         share = self.rotary_dim / self.head_dim
+        if int(self.head_dim * share) < self.rotary_dim:
+            share = math.nextafter(share, 1)  # readers cut the product, which rounding has put below
         rope = {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": share}
         return common | {"layer_types": [f"{kind}_attention" for kind in self.layer_types], "rope_parameters": rope}
 
@@ -198,6 +199,13 @@ def read_config(path: Path, *, precision: Precision = "highest") -> ModelConfig:
       ConfigError: the file is no JSON object, repeats a key, or `ModelConfig.from_hf` refuses it.
     """
     return ModelConfig.from_hf(read_object(path), precision=precision, where=str(path))
+
+
+def _family(name: Any, where: str) -> str:
+    if not isinstance(name, str) or name not in _FAMILIES:
+        known = ", ".join(map(repr, _FAMILIES))
+        raise ConfigError(f"{where}: model_type {name!r} is not supported; supported: {known}")
+    return _FAMILIES[name]
 
 
 def _fields(reader: Reader, family: str) -> dict[str, Any]:
