@@ -121,8 +121,7 @@ def _running_positions(segments, real, cache: Cache | None):
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     done = jnp.zeros((), jnp.int32)
     if cache is not None:
-        # The tokens of the cache's last segment count on from it, unless the first column begins another.
-        starts = starts.at[:, 0].set(segments[:, 0] != jnp.maximum(cache.ordinal, 0))
+        # The tokens of the cache's last segment count on from it.
         done = jnp.where(segments == cache.ordinal[:, None], cache.position[:, None], 0)
     offset = jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
     return jnp.maximum(done + count - offset - 1, 0)
