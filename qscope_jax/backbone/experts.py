@@ -6,6 +6,7 @@ y = sum_a w_a * down_a(silu(gate_a(x)) * up_a(x)),    w = the largest of softmax
 and tokens on "data"; every device computes the pairs that name its own experts, and no expert's weights travel.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -39,38 +40,49 @@ def expert_mlp(
     up: Float[Array, "e d m"],
     down: Float[Array, "e m d"],
     *,
+    within: tuple[Sequence[Float[Array, "l e ..."]], Int[Array, ""]] | None = None,
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "n d"]:
     """The weighted sum of each token's experts; the weight, in x's dtype, multiplies an expert's output.
 
+    In a loop over layers, `within` = (gates, ups, downs) of all layers and the number of this one: weights are then
+    read where they lie, only those of the experts in use, and `gate`, `up`, `down` are only where gradients go.
     Tokens that "data" does not divide are computed whole on every one of its devices.
     """
     mesh = mesh_of(gate)
     compute = partial(_experts_here, precision=precision)
     if mesh is None:
-        return compute(x, weights, experts, gate, up, down, first=0)
+        return compute(x, weights, experts, (gate, up, down), within, first=0)
 
-    def shard(x, weights, experts, gate, up, down):
+    def shard(x, weights, experts, own, within):
         x = jax.lax.pcast(x, RULES["experts"], to="varying")  # so that its gradient is summed over the experts' devices
-        first = jax.lax.axis_index(RULES["experts"]) * gate.shape[0]
-        return jax.lax.psum(compute(x, weights, experts, gate, up, down, first=first), RULES["experts"])
+        first = jax.lax.axis_index(RULES["experts"]) * own[0].shape[0]
+        out = compute(x, weights, experts, own, within, first=first)
+        return jax.lax.psum(out, RULES["experts"])
 
     tokens = PartitionSpec(RULES["batch"] if x.shape[0] % mesh.shape[RULES["batch"]] == 0 else None)
-    stack = PartitionSpec(RULES["experts"])
-    in_specs = (tokens, tokens, tokens, stack, stack, stack)
-    return jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=tokens)(x, weights, experts, gate, up, down)
+    own = PartitionSpec(RULES["experts"])
+    all_layers = None if within is None else (PartitionSpec(None, RULES["experts"]), PartitionSpec())
+    in_specs = (tokens, tokens, tokens, own, all_layers)
+    split = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=tokens)
+    return split(x, weights, experts, (gate, up, down), within)
 
 
-def _experts_here(x, weights, experts, gate, up, down, *, first, precision) -> jax.Array:
+def _experts_here(x, weights, experts, own, within, *, first, precision) -> jax.Array:
     """The part of the sum that experts first..first + e contribute."""
-    e = gate.shape[0]
+    e = own[0].shape[0]
     expert = experts.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < e), expert, e)  # pairs of other devices' experts go last
     order = jnp.argsort(expert, stable=True)
     inverse = jnp.argsort(order)
-    multiply = partial(grouped_matmul, group_sizes=jnp.bincount(expert, length=e), precision=precision)
+    sizes = jnp.bincount(expert, length=e)
+
+    def multiply(rows, which):
+        place = None if within is None else (within[0][which], within[1])
+        return grouped_matmul(rows, own[which], sizes, within=place, precision=precision)
+
     rows = _reorder(x, order, inverse)
-    out = multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
+    out = multiply(jax.nn.silu(multiply(rows, 0)) * multiply(rows, 1), 2)
     out = _reorder(out, inverse, order).reshape(*experts.shape, x.shape[1])
     return jnp.sum(out * weights.astype(x.dtype)[:, :, None], axis=1)
 

@@ -115,6 +115,40 @@ def test_temporary_memory_does_not_grow_with_the_experts(function):
     assert temporary(128) - temporary(16) < d * m * 4
 
 
+def layers_of(args, number=3):
+    """`number` layers of experts around those of `args`, and the function that runs the scan over them."""
+    x, weights, experts, *stacks = args
+    return x, weights, experts, *(jnp.stack([stack * (1 + i / 8) for i in range(number)]) for stack in stacks)
+
+
+def scanned(reads_in_place):
+    """The sum of all layers, in a loop that either hands out each layer's experts or says where they lie."""
+
+    def run(x, weights, experts, *stacks):
+        def layer(total, per_layer):
+            *own, index = per_layer
+            within = (stacks, index) if reads_in_place else None
+            return total + expert_mlp(x, weights, experts, *own, within=within, precision="highest"), None
+
+        return jax.lax.scan(layer, jnp.zeros_like(x), (*stacks, jnp.arange(len(stacks[0]))))[0]
+
+    return jax.jit(run)
+
+
+def test_a_loop_over_layers_reads_the_experts_where_they_lie():
+    args = layers_of(inputs())
+    found, want = (jax.value_and_grad(loss_of(scanned(r)), argnums=(0, 1, 3, 4, 5))(*args) for r in (True, False))
+    close(found, want)
+
+
+def test_a_loop_over_layers_copies_none_of_their_experts():
+    def temporary(e):
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(layers_of, inputs(e=e))]
+        return scanned(True).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(128) - temporary(16) < 16 * D * M * 4
+
+
 def laid_out(args, mesh):
     x, weights, experts, *stacks = args
     split = "data" if len(x) % mesh.shape["data"] == 0 else None
@@ -135,8 +169,12 @@ def test_a_mesh_computes_the_same(shape, n):
 
 
 def test_no_experts_weights_travel():
-    args = laid_out(inputs(), make_mesh(2, 4))
-    for function in (compute, value_and_grads):
+    mesh = make_mesh(2, 4)
+    spread = laid_out(inputs(), mesh)
+    x, weights, experts, *stacks = layers_of(spread)
+    layers = x, weights, experts, *(jax.device_put(a, NamedSharding(mesh, P(None, "model"))) for a in stacks)
+    np.testing.assert_allclose(scanned(True)(*layers), scanned(False)(*layers_of(inputs())), rtol=1e-5, atol=1e-5)
+    for function, args in ((compute, spread), (value_and_grads, spread), (scanned(True), layers)):
         text = function.lower(*args).compile().as_text()
         moved = re.findall(r"= \(?(\w+\[[\d,]*\]).* (all-gather|all-to-all|collective-permute)", text)
         assert [what for what in moved if what[0].count(",") > 1] == []

@@ -1,6 +1,7 @@
 """Every implementation of grouped_matmul multiplies each row by the matrix of its group, and reads no other."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +96,14 @@ def test_gradients_equal_those_of_the_definition(impl, case):
 def test_the_form_for_tpus_equals_the_definition(case, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
     n, sizes = SIZES[case]
-    outs = [jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes), impl=i), *inputs(n)) for i in ("xla", "ref")]  # noqa: B023
+    x, w = inputs(n)
     target = jnp.asarray(np.random.default_rng(1).normal(size=(n, M)), jnp.float32)
-    found, want = ((out, *pull(target)) for out, pull in outs)
+
+    def results(impl, within=None):
+        out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes), within=within, impl=impl), x, w)
+        return out, *pull(target)
+
+    found, want = results("xla", (jnp.stack([0 * w, w, w + 1]), jnp.int32(1))), results("ref")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, want)
 
 
@@ -123,30 +129,58 @@ def test_matrices_of_groups_without_rows_and_rows_past_the_groups_are_never_read
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
+HAND_ON = {"func", "call", "return", "}", "while", "case", "optimization_barrier"}
+
+
 def operations_on(shape, function, *args):
-    """Names of the operations whose lines in the lowered text mention `shape`, without those that only hand it on."""
+    """(name, shape of the result) of what reads or makes an array of `shape`, without what only hands it on."""
     lines = [line for line in jax.jit(function).lower(*args).as_text().splitlines() if f"<{shape}xf32>" in line]
-    assert lines
-    names = {re.search(r"func\.func|(?:stablehlo|func)\.\w+|return|^ *}", line).group() for line in lines}
-    hand_on = {"func.func", "func.call", "return", "}", "stablehlo.while", "stablehlo.case", "stablehlo.return"}
-    return (
-        {name.strip().removeprefix("stablehlo.") for name in names}
-        - {name.removeprefix("stablehlo.") for name in hand_on}
-        - {"optimization_barrier"}
-    )
+    names = (re.search(r"(?:stablehlo\.|func\.)(\w+)|(return|})", line) for line in lines)
+    names = [name[1] or name[2] for name in names]
+    results = [line.rsplit("-> tensor<")[-1].removesuffix("xf32>") for line in lines]
+    return {pair for pair in zip(names, results, strict=True) if pair[0] not in HAND_ON}
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
 def test_the_stack_is_read_and_written_one_matrix_at_a_time(impl):
     x, w = inputs(40)
-    sizes = jnp.array(SIZES["uneven"][1], jnp.int32)
-    forward = lambda x, w: grouped_matmul(x, w, sizes, impl=impl)  # noqa: E731
-    backward = lambda x, w, dy: jax.vjp(forward, x, w)[1](dy)  # noqa: E731
-    stack = f"{E}x{D}x{M}"
-    assert operations_on(stack, forward, x, w) == {"dynamic_slice"}
-    # Besides, the gradient's stack begins as zeros.
-    written = {"broadcast_in_dim", "dynamic_update_slice"}
-    assert operations_on(stack, backward, x, w, jnp.ones((40, M))) == {"dynamic_slice"} | written
+    layers, sizes, dy = jnp.stack([w, w, w]), jnp.array(SIZES["uneven"][1], jnp.int32), jnp.ones((40, M))
+
+    def forward(x, w, layers):
+        return grouped_matmul(x, w, sizes, within=(layers, jnp.int32(1)), impl=impl)
+
+    backward = lambda x, w, layers, dy: jax.vjp(partial(forward, layers=layers), x, w)[1](dy)  # noqa: E731
+    one, many = f"{E}x{D}x{M}", f"3x{E}x{D}x{M}"
+    read = {("dynamic_slice", f"1x1x{D}x{M}")}
+    assert operations_on(many, forward, x, w, layers) == operations_on(many, backward, x, w, layers, dy) == read
+    assert operations_on(one, forward, x, w, layers) == set()
+    # The gradient begins as zeros.
+    assert operations_on(one, backward, x, w, layers, dy) == {("broadcast_in_dim", one), ("dynamic_update_slice", one)}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_layer_of_many_is_read_where_it_lies(impl):
+    n, sizes = SIZES["uneven"]
+    x, w = inputs(n)
+    layers = jnp.full((3, *w.shape), jnp.nan).at[1].set(w)
+    loss = lambda x, w, within: jnp.sum(product(x, w, np.array(sizes, np.int32), within=within, impl=impl) ** 2)  # noqa: E731
+    found, want = (jax.value_and_grad(loss, argnums=(0, 1))(x, w, within) for within in ((layers, jnp.int32(1)), None))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+@pytest.mark.parametrize("impl", PORTABLE)
+def test_a_loop_over_layers_copies_none_of_them(impl):
+    n, d, m, layers = 64, 64, 64, 3
+    sizes = jnp.zeros(32, jnp.int32).at[5].set(n)
+
+    def run(x, w):
+        def layer(x, per_layer):
+            return grouped_matmul(x, per_layer[0], sizes, within=(w, per_layer[1]), impl=impl), None
+
+        return jax.lax.scan(layer, x, (w, jnp.arange(layers)))[0]
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (layers, 32, d, m))]
+    assert jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 32 * d * m * 4
 
 
 @pytest.mark.parametrize("impl", PORTABLE)
@@ -177,14 +211,8 @@ def test_it_runs_inside_shard_map_with_weights_replicated_or_split(impl):
         return jax.lax.psum(grouped_matmul(x, w, sizes[0], impl=impl), "model")
 
     split = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=(P("data"), P("model"), P("data")), out_specs=P("data")))
-    whole = (
-        lambda x, w: jnp.concatenate(
-            [  # noqa: E731
-                jnp.where(jnp.arange(8)[:, None] < size, x[8 * i : 8 * i + 8] @ w.sum(0), 0)
-                for i, size in enumerate((5, 2))
-            ]
-        )
-    )
+    used = jnp.arange(16)[:, None] % 8 < jnp.repeat(sizes, 8, axis=0)
+    whole = lambda x, w: jnp.where(used, x @ w.sum(0), 0)  # noqa: E731
     found = jax.value_and_grad(lambda x, w: jnp.sum(split(x, w, sizes) ** 2), argnums=(0, 1))(x, w)
     want = jax.value_and_grad(lambda x, w: jnp.sum(whole(x, w) ** 2), argnums=(0, 1))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, want)
@@ -198,5 +226,7 @@ def test_what_does_not_fit_is_refused():
         grouped_matmul(x, w, jnp.zeros(3, int))
     with pytest.raises(ValueError, match="x is float32 and w is bfloat16; cast one of them"):
         grouped_matmul(x, w.astype(jnp.bfloat16), sizes)
+    with pytest.raises(ValueError, match=r"w \(2, 3, 5\) is no layer of the stacks \(4, 2, 3, 6\)"):
+        grouped_matmul(x, w, sizes, within=(jnp.zeros((4, 2, 3, 6)), jnp.int32(0)))
     with pytest.raises(ValueError, match=r"grouped_matmul has no implementation 'tpu9'; there are \['ref', 'xla'\]"):
         grouped_matmul(x, w, sizes, impl="tpu9")

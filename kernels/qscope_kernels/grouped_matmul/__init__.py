@@ -17,6 +17,7 @@ def grouped_matmul(
     w: Float[Array, "e d m"],
     group_sizes: Int[Array, "e"],
     *,
+    within: tuple[Float[Array, "l e d m"], Int[Array, ""]] | None = None,
     precision: jax.lax.PrecisionLike = None,
     impl: str | None = None,
 ) -> Float[Array, "n m"]:
@@ -24,8 +25,11 @@ def grouped_matmul(
 
     Rows past sum(group_sizes) give zeros and cost nothing. The sizes must not add up to more than n.
 
+    `within` = (stacks, layer) says that w is stacks[layer], for a loop over layers: the matrices are then read where
+    they lie in `stacks`, no copy of a whole w is made, and w is only where the gradient goes.
+
     Raises:
-      ValueError: the shapes or the dtypes of `x` and `w` do not fit, or `impl` is unknown.
+      ValueError: the shapes or the dtypes of `x`, `w` and `within` do not fit, or `impl` is unknown.
     """
     if x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
@@ -33,4 +37,6 @@ def grouped_matmul(
         )
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}; cast one of them")
-    return pick("grouped_matmul", _IMPLEMENTATIONS, impl)(x, w, group_sizes, precision=precision)
+    if within is not None and within[0].shape[1:] != w.shape:
+        raise ValueError(f"w {w.shape} is no layer of the stacks {within[0].shape} that it should lie within")
+    return pick("grouped_matmul", _IMPLEMENTATIONS, impl)(x, w, group_sizes, within=within, precision=precision)

@@ -15,90 +15,112 @@ import jax.numpy as jnp
 Carry = TypeVar("Carry")
 
 
-def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, precision) -> jax.Array:
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, within, precision) -> jax.Array:
     """x [n, d] times the matrix of w [e, d, m] that each row's group names; zero rows past the groups."""
-    # Inside `shard_map` the three may vary along different mesh axes; the transpose of this cast sums gradients there.
-    axes = frozenset().union(*(_axes(array) for array in (x, w, group_sizes)))
-    return _grouped_matmul(precision, *(_varying(array, axes) for array in (x, w, group_sizes)))
+    # Inside `shard_map` these may vary along different mesh axes; the transpose of this cast sums gradients there.
+    arrays = x, w, jax.lax.stop_gradient(within), group_sizes
+    axes = frozenset().union(*map(_axes, jax.tree.leaves(arrays)))
+    return _grouped_matmul(precision, *jax.tree.map(partial(_varying, axes=axes), arrays))
 
 
 def _axes(array: jax.Array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 
-def _varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+def _varying(array: jax.Array, *, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(array, tuple(axes - _axes(array)), to="varying")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(precision, x, w, group_sizes):
-    return _rows_times_matrices(x, w, group_sizes, contract=1, precision=precision)
+def _grouped_matmul(precision, x, w, within, group_sizes):
+    return _rows_times_matrices(x, *_place(w, within), group_sizes, contract=2, precision=precision)
 
 
-def _forward(precision, x, w, group_sizes):
-    return _grouped_matmul(precision, x, w, group_sizes), (x, w, group_sizes)
+def _place(w, within) -> tuple[jax.Array, jax.Array]:
+    """Where to read: arrays [l, e, d, m] and the layer in them."""
+    return (w[None], jnp.int32(0)) if within is None else within
+
+
+def _forward(precision, x, w, within, group_sizes):
+    # What a loop over layers gives each turn is kept once per layer: w only where nothing else holds it.
+    return _grouped_matmul(precision, x, w, within, group_sizes), (x, None if within else w, within, group_sizes)
 
 
 def _backward(precision, saved, dy):
-    x, w, group_sizes = saved
-    dx = _rows_times_matrices(dy, w, group_sizes, contract=2, precision=precision)
-    return dx, _rows_times_rows(x, dy, group_sizes, precision=precision), None
+    x, w, within, group_sizes = saved
+    dx = _rows_times_matrices(dy, *_place(w, within), group_sizes, contract=3, precision=precision)
+    return dx, _rows_times_rows(x, dy, group_sizes, precision=precision), None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _rows_times_matrices(x, w, group_sizes, *, contract: int, precision) -> jax.Array:
-    """Rows of x times their group's matrix, of which axis `contract` of w is summed over."""
-    n, tile = x.shape[0], _tile(x.shape[0], w.shape[0])
+def _rows_times_matrices(x, stacks, layer, group_sizes, *, contract: int, precision) -> jax.Array:
+    """Rows of x times their group's matrix in stacks[layer], summed over axis `contract` of `stacks`."""
+    options = {"contract": contract, "precision": precision}
+    return jax.lax.platform_dependent(
+        *(x, stacks, layer, group_sizes),
+        tpu=partial(_rows_times_matrices_ragged, **options),
+        default=partial(_rows_times_matrices_in_tiles, **options),
+    )
+
+
+def _rows_times_matrices_ragged(x, stacks, layer, group_sizes, *, contract, precision):
+    l, e = stacks.shape[:2]
+    none = jax.lax.full_like(group_sizes, 0, shape=(l * e,))
+    sizes = jax.lax.dynamic_update_slice_in_dim(none, group_sizes, layer * e, 0)
+    out = _ragged_dot(x, stacks.reshape(l * e, *stacks.shape[2:]), sizes, (1, contract - 1), [0], precision)
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes), out, 0)
+
+
+def _rows_times_matrices_in_tiles(x, stacks, layer, group_sizes, *, contract, precision):
+    n, tile = x.shape[0], _tile(x.shape[0], stacks.shape[1])
 
     def group(g, start, end, out):
-        # Tied to the loop: jax 0.10 on CPU would otherwise widen a whole bfloat16 stack before it.
-        stack, g = jax.lax.optimization_barrier((w, g))
-        matrix = jax.lax.dynamic_index_in_dim(stack, g, keepdims=False)
+        # Tied to the loop: jax 0.10 on CPU would otherwise widen all of a bfloat16 array before it.
+        tied, g = jax.lax.optimization_barrier((stacks, g))
+        matrix = jax.lax.dynamic_slice(tied, (layer, g, 0, 0), (1, 1, *stacks.shape[2:]))[0, 0]
 
         def rows(first, own, out):
-            product = _dot(jax.lax.dynamic_slice_in_dim(x, first, tile), matrix, (1, contract - 1), precision)
+            product = _dot(jax.lax.dynamic_slice_in_dim(x, first, tile), matrix, (1, contract - 2), precision)
             product = jnp.where(own, product, jax.lax.dynamic_slice_in_dim(out, first, tile))
             return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
 
         return _each_tile(n, tile, start, end, rows, out)
 
-    def in_tiles(x, w, group_sizes):
-        # Float32 until the end, for the same reason: there, an update in place of a bfloat16 array rewrites all of it.
-        out = jax.lax.full_like(x, 0, jnp.float32, shape=(n, w.shape[3 - contract]))
-        return _each_group(group_sizes, group, out).astype(x.dtype)
-
-    def ragged(x, w, group_sizes):
-        out = _ragged_dot(x, w, group_sizes, (1, contract), [0], precision)
-        return jnp.where(jnp.arange(n)[:, None] < group_sizes.sum(), out, 0)
-
-    return jax.lax.platform_dependent(x, w, group_sizes, tpu=ragged, default=in_tiles)
+    # Float32 until the end, for the same reason: there, an update in place of a bfloat16 array rewrites all of it.
+    out = jax.lax.full_like(x, 0, jnp.float32, shape=(n, stacks.shape[5 - contract]))
+    return _each_group(group_sizes, group, out).astype(x.dtype)
 
 
 def _rows_times_rows(x, dy, group_sizes, *, precision) -> jax.Array:
     """The gradient of w: per group the float32 sum over its rows of x outer dy; 0 without rows."""
-    shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
-    n, tile = x.shape[0], _tile(x.shape[0], shape[0])
+    return jax.lax.platform_dependent(
+        *(x, dy, group_sizes),
+        tpu=partial(_rows_times_rows_ragged, precision=precision),
+        default=partial(_rows_times_rows_in_tiles, precision=precision),
+    )
+
+
+def _rows_times_rows_ragged(x, dy, group_sizes, *, precision):
+    return _ragged_dot(x, dy, group_sizes, (0, 0), [], precision)
+
+
+def _rows_times_rows_in_tiles(x, dy, group_sizes, *, precision):
+    n, e, shape = x.shape[0], group_sizes.shape[0], (x.shape[1], dy.shape[1])
+    tile = _tile(n, e)
 
     def group(g, start, end, dw):
         def rows(first, own, total):
             left, right = (jax.lax.dynamic_slice_in_dim(array, first, tile) for array in (x, dy))
             return total + _dot(jnp.where(own, left, 0), jnp.where(own, right, 0), (0, 0), precision)
 
-        total = jax.lax.full_like(x, 0, jnp.float32, shape=shape[1:])
-        total = _each_tile(n, tile, start, end, rows, total)
+        total = _each_tile(n, tile, start, end, rows, jax.lax.full_like(x, 0, jnp.float32, shape=shape))
         return jax.lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), g, 0)
 
-    def in_tiles(x, dy, group_sizes):
-        # Always 0, which the compiler must not know: it would make one stack of zeros for all gradients, and copy it.
-        zero = jnp.where(jnp.sum(group_sizes) > n, jnp.sum(dy[:1]), 0)
-        return _each_group(group_sizes, group, jnp.broadcast_to(zero, shape))
-
-    def ragged(x, dy, group_sizes):
-        return _ragged_dot(x, dy, group_sizes, (0, 0), [], precision)
-
-    return jax.lax.platform_dependent(x, dy, group_sizes, tpu=ragged, default=in_tiles)
+    # Always 0, which the compiler must not know: it would make one array of zeros for all gradients, and copy it.
+    zero = jnp.where(jnp.sum(group_sizes) > n, jnp.sum(dy[:1]), 0)
+    return _each_group(group_sizes, group, jnp.broadcast_to(zero, (e, *shape)))
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], precision) -> jax.Array:
