@@ -16,6 +16,7 @@ from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params, forward
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Batch, Buckets, Segments, cut_documents, fill_batch, plan_batches
+from qscope_jax.mesh import mesh_of
 from qscope_jax.sae.model import Contract, Sae, SaeConfig, SparseCode, encode
 from qscope_jax.sae.quality import sink_threshold
 
@@ -83,6 +84,8 @@ class ExtractStep:
 
 def make_extract_step(config: ModelConfig, layers: Sequence[int], *, contract: Contract = "exact") -> ExtractStep:
     """The step `(params, saes, tokens [b, t], mask [b, t]) -> StepOutput` for SAEs of these layers, in this order.
+
+    With weights on a mesh, rows are split over "data", which must divide b.
 
     Raises:
       ValueError: no layers, a layer twice, or one the model does not have.
@@ -161,8 +164,8 @@ def extract_documents(
     """Codes of every token of a few documents, in memory; `qscope extract` is for many.
 
     Args:
-      backbone: the model.
-      saes: per layer.
+      backbone: the model, on one device or a mesh.
+      saes: per layer; on the model's mesh.
       documents: token ids [n_tokens], none empty.
       batch_tokens: positions per batch.
       max_length: longer documents are truncated or cut into windows.
@@ -181,7 +184,9 @@ def extract_documents(
     if segments.tokens.max(initial=0) >= backbone.config.vocab_size:
         raise ValueError(f"token {segments.tokens.max()}, but the model has rows for {backbone.config.vocab_size} ids")
     pieces: dict[int, HostOutput] = {}
-    plan = plan_batches(segments.lengths, Buckets(batch_tokens, max_length))
+    mesh = mesh_of(backbone.params["embed"])
+    buckets = Buckets(batch_tokens, max_length, multiple=1 if mesh is None else mesh.shape["data"])
+    plan = plan_batches(segments.lengths, buckets)
     for batch, output in stream(step, backbone.params, tuple(saes.values()), feed_batches(plan, segments)):
         for i, row in enumerate(batch.rows):
             n = segments.lengths[row]

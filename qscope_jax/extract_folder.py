@@ -5,7 +5,7 @@ batches under way are still fetched and put aside; a later run takes them up and
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -52,7 +52,7 @@ class Target(NamedTuple):
 
     @property
     def buckets(self) -> Buckets:
-        return Buckets(self.info["batch_tokens"], self.info["max_length"], self.info["per_octave"])
+        return buckets_of(self.info)
 
     def selection(self) -> Selection:
         """What is kept of every code."""
@@ -64,6 +64,12 @@ class Target(NamedTuple):
             )
         pool = info["pool"] or "max"
         return Selection(info["per"], pool, info["top"], info["min_value"], allowed, info["values"])
+
+
+def buckets_of(info: Mapping[str, Any]) -> Buckets:
+    """The shapes of batches by what `store.json` says; on a mesh, "data" divides the rows."""
+    multiple = info["mesh"]["data"] if "mesh" in info else 1
+    return Buckets(info["batch_tokens"], info["max_length"], info["per_octave"], multiple)
 
 
 class Work(NamedTuple):

@@ -1,5 +1,9 @@
 """The extract step: codes of the true residual stream, whatever the batch, and one compilation per batch shape."""
 
+import dataclasses
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.batches import Buckets, cut_documents, plan_batches
 from qscope_jax.extract import check_sae, extract_documents, feed_batches, make_extract_step, measure_sinks, stream
+from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import SaeConfig, encode
 
@@ -64,6 +69,29 @@ def test_padded_batches_of_any_composition_give_what_each_document_gives_alone(
         for layer in (0, 1):
             assert_same_codes(codes.codes[layer], expected[layer][0])
             np.testing.assert_allclose(codes.norms[layer], expected[layer][1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 2)], ids=str)
+def test_a_mesh_gives_the_codes_of_one_device(tiny_release, backbone, saes, documents, shape):
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    spread = load_backbone(tiny_release / "model", dtype="float32", mesh=mesh)
+    sharded = load_saes(tiny_release / "sae", (0, 1), mesh=mesh)
+    step = make_extract_step(backbone.config, (0, 1))
+    documents = documents * 4  # several batches of several shapes
+    found = extract_documents(spread, sharded, documents, batch_tokens=64, max_length=64, step=step)
+    assert step.compilations == len(set(step.shapes)) > 1
+    # One more latent tells where the k-th is clear of the next.
+    more = {n: sae._replace(config=dataclasses.replace(sae.config, k=5)) for n, sae in saes.items()}
+    expected = extract_documents(backbone, more, documents, batch_tokens=64, max_length=64)
+    clear = []
+    for a, b in itertools.product(range(len(documents)), (0, 1)):
+        np.testing.assert_allclose(found[a].norms[b], expected[a].norms[b], rtol=1e-5)
+        one, five = found[a].codes[b], expected[a].codes[b]
+        np.testing.assert_allclose(one.values, five.values[:, :4], rtol=1e-4, atol=1e-5)
+        clear.append(five.values[:, 3] - five.values[:, 4] > 1e-4)
+        chosen, wanted = (np.sort(code.indices[clear[-1], :4], axis=1) for code in (one, five))
+        np.testing.assert_array_equal(chosen, wanted)
+    assert np.concatenate(clear).mean() > 0.95
 
 
 def test_codes_are_sorted_and_never_negative(backbone, saes, documents):

@@ -20,15 +20,16 @@ class Buckets:
     """The shapes that batches may have.
 
     `batch_tokens` is the number of positions of a batch, `max_length` the longest row, `per_octave` the number of
-    bucket lengths from one power of two to the next.
+    bucket lengths from one power of two to the next; the rows of a batch are a multiple of `multiple`.
     """
 
     batch_tokens: int
     max_length: int
     per_octave: int = 4
+    multiple: int = 1
 
     def __post_init__(self):
-        if min(self.batch_tokens, self.max_length, self.per_octave) < 1:
+        if min(dataclasses.astuple(self)) < 1:
             raise ValueError(f"{self}: every number must be at least 1")
 
     @property
@@ -45,7 +46,7 @@ class Buckets:
 
     def rows(self, length: int) -> int:
         """Rows of a batch of bucket length `length`."""
-        return max(1, self.batch_tokens // length)
+        return max(1, self.batch_tokens // length // self.multiple) * self.multiple
 
 
 class Segments(NamedTuple):
@@ -130,7 +131,7 @@ def plan_batches(lengths: np.ndarray, buckets: Buckets) -> list[Batch]:
         size = last.size
         while -(-size // 4) >= len(last.rows) and size > 1:
             size = -(-size // 4)
-        batches[-1] = last._replace(size=size)
+        batches[-1] = last._replace(size=-(-size // buckets.multiple) * buckets.multiple)
     return batches
 
 

@@ -12,28 +12,34 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from qscope_jax.backbone.config import ModelConfig, read_config
-from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.backbone.weights import load_backbone, parameter_shapes
 from qscope_jax.data import store_files as files
 from qscope_jax.data.assemble import read_features
-from qscope_jax.data.batches import Buckets
 from qscope_jax.data.documents import Encoder, OnError, Parts, read_ahead
 from qscope_jax.data.text import Corpus, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import SINK_TOKENS, check_sae, make_extract_step, measure_sinks
-from qscope_jax.extract_folder import Loaded, Target, make_parts
+from qscope_jax.extract_folder import Loaded, Target, buckets_of, make_parts
 from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.extract_parts import conclude, missing_parts
+from qscope_jax.jobs.places import join_processes, local_mesh, parse_mesh
 from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle
-from qscope_jax.sae.model import Contract, Sae
+from qscope_jax.sae.model import AXES, Contract, Sae
 
 _MAX_LENGTH = 4096
 _BATCH_TOKENS = {True: 4096, False: 16_384}
 _PER_OCTAVE = ((1 << 20, 1), (1 << 22, 2), (math.inf, 4))  # bytes of input, bucket lengths per octave
+_NO_SETTINGS = (  # options that do not decide what the files hold, or that `store.json` says in another way
+    *("data", "model", "sae", "layers", "out", "k", "keep", "on_error", "features", "values"),
+    *("shard", "mesh", "coordinator", "processes", "process"),
+)
 _ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
 
 
@@ -95,10 +101,18 @@ class Config:
     precision: Literal["fast", "parity"] = "fast"
     """bfloat16, or the float32 arithmetic of the release's demo."""
     batch_tokens: int | None = None
-    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere."""
+    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere, times DATA of the mesh."""
 
     shard: str = "0/1"
     """I/N: be process I of N (from 0) that share the work and know nothing of each other."""
+    mesh: str = "1x1"
+    """DATAxMODEL, for example 2x4: split rows over DATA and weights over MODEL of this process's devices."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for processes that share the work, meet at the end and do not outlive each other."""
+    processes: int | None = None
+    """How many they are; on Cloud TPU and in Slurm these three are found by themselves, and 1 is alone."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
     part_rows: int = 32_768
     """Rows per part, at most."""
     part_bytes: int = 4 << 20
@@ -116,6 +130,7 @@ class Sources(NamedTuple):
     corpus: Corpus
     ranges: list[tuple[int, int]]
     stamps: dict[Path, tuple[int, int]]
+    mesh: Mesh | None
 
     def parts(self, chosen: Sequence[int], *, on_error: OnError = "skip") -> Parts:
         return Parts(self.corpus, self.ranges, self.encoder, self.vocab_size, chosen=chosen, on_error=on_error)
@@ -128,8 +143,8 @@ def run(config: Config) -> None:
       ValueError, OSError: wrong input or options, named; no file is left half done.
       Interrupted: SIGTERM or SIGINT came; everything finished is saved.
     """
-    shard, shards = parse_shard(config.shard)
     _check_numbers(config)
+    shard, shards = join_processes(config.coordinator, config.processes, config.process, shard=config.shard)
     manifest = "manifest.json" if shards == 1 else f"manifest-{shard}-of-{shards}.json"
     with Run("extract", config, config.out, manifest=manifest) as job:
         sources, info = _open(config)
@@ -141,7 +156,7 @@ def run(config: Config) -> None:
         mode = "float32, the release's arithmetic" if config.precision == "parity" else "bfloat16 (fast mode)"
         job.record(mode=mode, store=info)
         mine = range(shard, len(sources.ranges), shards)
-        todo, rows = _todo(config, job, sources, files.fingerprint(info), mine)
+        todo, rows = missing_parts(config.out, job, sources.ranges, files.fingerprint(info), mine)
         if todo:
             loaded = loaded or _load(config, sources)
             job.progress(rows=0, tokens=0, already=rows)
@@ -152,19 +167,7 @@ def run(config: Config) -> None:
         else:  # the manifest goes on saying what made the files
             kept = ("device", "compilations", "shapes")
             job.record(**{name: job.earlier[name] for name in kept if name in job.earlier})
-        _conclude(config, job, info, mine, shards)
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`I/N` as numbers.
-
-    Raises:
-      ValueError: not 0 <= I < N.
-    """
-    first, slash, last = text.partition("/")
-    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ValueError(f"--shard {text}: expected I/N with 0 <= I < N, for example 0/2 and 1/2")
-    return int(first), int(last)
+        conclude(config.out, job, info, mine, shards)
 
 
 def _check_numbers(config: Config) -> None:
@@ -180,12 +183,17 @@ def _check_numbers(config: Config) -> None:
 
 def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
     """Opens everything that is read, and says what `store.json` is to say: all that the results depend on."""
+    mesh = local_mesh(config.mesh)
     model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
     constants = read_config(model.fetch("config.json"))
     opened = {layer: open_sae(sae, layer) for layer in _layers(config, sae)}
     known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
     for layer, one in known.items():
         check_sae(constants, layer, one)
+    if mesh is not None:  # before anything large is read
+        parameter_shapes(constants, mesh=mesh)
+        for one in known.values():
+            partition(AXES["b_enc"], (one.d_sae,), mesh)
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, constants.vocab_size)
     corpus = _corpus(config, tuple(known))
@@ -205,7 +213,7 @@ def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
         "keep": {field.name: str(field.type) for field in corpus.schema},
     }
     encoder = make_encoder(tokenizer, special_tokens=config.special_tokens)
-    return Sources(model, sae, shapes, constants.vocab_size, encoder, corpus, ranges, stamps), info
+    return Sources(model, sae, shapes, constants.vocab_size, encoder, corpus, ranges, stamps, mesh), info
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -218,8 +226,9 @@ def _settings(
 ) -> dict[str, Any]:
     """The options that decide what the files hold, with their defaults filled in."""
     chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name in ("data", "model", "sae", "layers", "out", "k", "keep", "on_error", "shard", "features", "values"):
+    for name in _NO_SETTINGS:
         del chosen[name]
+    data, model = parse_mesh(config.mesh)
     widths = {layer: d_sae for layer, (d_sae, _) in shapes.items()}
     longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
     if not 0 <= config.overlap < longest:
@@ -234,10 +243,11 @@ def _settings(
             "features": None if config.features is None else read_features(config.features, widths),
             "values": config.values or ("float32" if config.precision == "parity" else "bfloat16"),
             "max_length": longest,
-            "batch_tokens": config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
+            "batch_tokens": config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"],
             # A shape costs a compilation, which a small corpus never earns back in padding.
             "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
             **({"pool": None} if config.per == "token" else {"values": "float32"}),
+            **({"mesh": {"data": data, "model": model}} if data * model > 1 else {}),
         }
     )
 
@@ -275,8 +285,9 @@ def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
 
 def _load(config: Config, sources: Sources) -> Loaded:
     dtype, contract = _ARITHMETIC[config.precision]
-    backbone = load_backbone(config.model, dtype=dtype)
-    saes = tuple(_encoder(load_sae(sources.sae, layer, k=config.k, dtype=dtype)) for layer in sources.shapes)
+    backbone = load_backbone(config.model, dtype=dtype, mesh=sources.mesh)
+    options: Any = {"k": config.k, "dtype": dtype, "mesh": sources.mesh}
+    saes = tuple(_encoder(load_sae(sources.sae, layer, **options)) for layer in sources.shapes)
     for path, stamp in sources.stamps.items():
         if _stamp(path) != stamp:
             raise ValueError(f"{path} was replaced while this command began; run it again")
@@ -293,7 +304,6 @@ def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, 
     """The norm above which a token is masked, per layer: the SAE's own, or else measured at the start of the input."""
     if not config.mask_sinks:
         return {}
-    buckets = Buckets(info["batch_tokens"], info["max_length"], info["per_octave"])
     known = {layer: sae.config.sink_threshold for layer, sae in zip(sources.shapes, loaded.saes, strict=True)}
     if None in known.values():
         documents, tokens = [], 0
@@ -302,48 +312,6 @@ def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, 
             tokens += sum(map(len, part.tokens))
             if tokens >= SINK_TOKENS:
                 break
-        found = measure_sinks(loaded.step, loaded.params, loaded.saes, documents, buckets)
+        found = measure_sinks(loaded.step, loaded.params, loaded.saes, documents, buckets_of(info))
         known = {layer: found[layer] if value is None else value for layer, value in known.items()}
     return {"measured_sinks": {str(layer): value for layer, value in known.items()}}
-
-
-def _todo(config: Config, job: Run, sources: Sources, expected: str, mine: range) -> tuple[list[int], int]:
-    """The parts of this process that are not there yet, and the number of rows of those that are."""
-    todo, rows = [], 0
-    for part in mine:
-        path = files.documents_path(config.out, part)
-        if path.exists():
-            files.read_facts(path, expected)
-            rows += sources.ranges[part][1] - sources.ranges[part][0]
-        else:
-            todo.append(part)
-    job.total = sum(sources.ranges[part][1] - sources.ranges[part][0] for part in mine)
-    say(f"{len(sources.corpus):,} rows; {len(todo)} of {len(mine)} parts to do")
-    return todo, rows
-
-
-def _conclude(config: Config, job: Run, info: dict[str, Any], mine: range, shards: int) -> None:
-    """Counts what is there; the process that finds every part done joins the errors and says so for the whole."""
-    expected, parts = files.fingerprint(info), info["parts"]
-    paths = [files.documents_path(config.out, part) for part in range(parts)]
-    facts = [files.read_facts(path, expected) for path in paths if path.exists()]
-    totals = {name: sum(f[name] for f in facts) for name in ("documents", "bad", "tokens", "truncated", "positions")}
-    tokens, wasted = totals["tokens"], 1 - totals["tokens"] / max(totals["positions"], 1)
-    masked = np.sum([np.zeros(len(info["layers"])), *(f["masked"] for f in facts)], 0) / max(tokens, 1)
-    counts = {
-        **totals,
-        "wasted_positions": wasted if totals["positions"] else 0.0,
-        "masked_share": dict(zip(info["layers"], masked.tolist(), strict=True)),
-        "parts": f"{len(facts)} of {parts}",
-    }
-    job.record(counts=counts)
-    if not all(paths[part].exists() for part in mine):
-        raise job.interrupted(f"{len(facts)} of {parts} parts are done, finished batches of the next are put aside")
-    if len(facts) == parts:
-        files.join_errors(config.out, parts)
-        if shards > 1:
-            job.manifests.append("manifest.json")
-    say(
-        f"{counts['parts']} parts: {totals['documents']:,} documents ({totals['truncated']:,} truncated), {tokens:,} "
-        f"tokens; {totals['bad']:,} rows left out (errors.jsonl); {counts['wasted_positions']:.1%} of positions padding"
-    )

@@ -230,11 +230,12 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, Any]:
-    """The accelerators in use; starts the jax backend, so only commands that compute call it."""
+    """The accelerators of all processes; starts the jax backend, so only commands that compute call it."""
     import jax
 
     found = jax.devices()
-    return {"platform": found[0].platform, "kind": found[0].device_kind, "count": len(found)}
+    kinds = ", ".join(sorted({device.device_kind for device in found}))
+    return {"platform": found[0].platform, "kind": kinds, "count": len(found), "processes": jax.process_count()}
 
 
 def hash_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:

@@ -34,6 +34,16 @@ def test_every_row_stands_in_one_batch_of_a_known_shape(per_octave):
     assert len({(batch.size, batch.length) for batch in plan}) <= len(buckets.lengths)
 
 
+@pytest.mark.parametrize("multiple", [2, 8])
+def test_on_a_mesh_its_data_axis_divides_the_rows_of_every_batch(multiple):
+    lengths = np.random.default_rng(0).integers(1, 300, 999)
+    for rows in (3, 11, 999):
+        plan = plan_batches(lengths[:rows], Buckets(1000, 300, 2, multiple))
+        assert sorted(np.concatenate([batch.rows for batch in plan])) == list(range(rows))
+        assert all(batch.size % multiple == 0 and len(batch.rows) <= batch.size for batch in plan)
+        assert all(batch.size * batch.length <= max(1000, multiple * batch.length) for batch in plan)
+
+
 def test_the_plan_depends_on_the_lengths_alone():
     lengths = np.random.default_rng(1).integers(1, 60, 700)
     first, again = (plan_batches(lengths.copy(), Buckets(512, 64)) for _ in range(2))

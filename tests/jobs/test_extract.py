@@ -21,7 +21,7 @@ from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.jobs import extract as job
-from qscope_jax.jobs.extract import parse_shard
+from qscope_jax.jobs.places import parse_shard
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import encode
@@ -314,6 +314,43 @@ def test_input_of_bad_rows_only_gives_empty_tables_and_a_full_list(tiny_release,
     assert len(store) == 0
     assert len((tmp_path / "out/errors.jsonl").read_text().splitlines()) == 2
     assert manifest(tmp_path / "out")["counts"]["documents"] == 0
+
+
+def test_a_mesh_writes_the_features_of_one_device(tiny_release, fifty, tmp_path):
+    rows, data = fifty
+    options = ("--per", "token", "--precision", "parity")
+    alone = extract(tiny_release, data, tmp_path / "alone", *options)
+    store = extract(tiny_release, data, tmp_path / "mesh", *options, "--mesh", "4x2")
+    assert "mesh" not in alone.info
+    assert store.info["mesh"] == {"data": 4, "model": 2}
+    told = manifest(tmp_path / "mesh")
+    assert {shape[0] % 4 for shape in told["shapes"]} == {0}
+    assert told["device"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
+    for number in range(len(rows)):
+        for layer in (0, 1):
+            one, other = (s.document(number).codes[layer] for s in (alone, store))
+            np.testing.assert_allclose(one.val, other.val, rtol=1e-4, atol=1e-5)
+            assert (one.idx == other.idx).mean() > 0.99
+    assert cli.main(command(tiny_release, data, tmp_path / "mesh", *options)) == 2  # other arithmetic, by rounding
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--mesh", "4"), "--mesh 4: expected DATAxMODEL"),
+        (("--mesh", "0x2"), "--mesh 0x2"),
+        (("--mesh", "4x4"), "needs 16 devices, not 8"),
+        (("--mesh", "2x4"), "heads = 2 cannot be split"),
+        (("--processes", "2"), "--coordinator, --process missing"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused_before_weights_are_read(
+    tiny_release, fifty, tmp_path, capsys, monkeypatch, options, reason
+):
+    monkeypatch.setattr(job, "load_backbone", None)
+    assert cli.main(command(tiny_release, fifty[1], tmp_path / "out", *options)) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out/store.json").exists()
 
 
 def test_shards_are_numbered_from_zero():

@@ -1,0 +1,72 @@
+"""Where a command runs: as which of several processes, and over which devices of its own.
+
+Processes that share the work each hold a whole replica and exchange nothing while they work, so that none ever waits
+for the batches of another; they meet at the end.
+"""
+
+import jax
+from jax.sharding import Mesh
+
+from qscope_jax.jobs.run import say
+from qscope_jax.mesh import finish_together, make_mesh, start_distributed
+
+
+def join_processes(
+    coordinator: str | None, processes: int | None, process: int | None, *, shard: str = "0/1"
+) -> tuple[int, int]:
+    """Joins the job's other processes, if any, and returns (I, N): this is process I of N that share the work.
+
+    Call it before anything touches a device. Options are those of `start_distributed`; `shard` is what processes that
+    know nothing of each other were told instead.
+
+    Raises:
+      ValueError: the options contradict one another.
+    """
+    told = parse_shard(shard)
+    start_distributed(coordinator, processes, process)
+    if not jax.distributed.is_initialized():
+        return told
+    finish_together("all have begun")  # JAX waits no longer than two minutes for the devices of the others
+    own = jax.process_index(), jax.process_count()
+    if told not in ((0, 1), own):
+        raise ValueError(
+            f"--shard {shard}: this is process {own[0]} of {own[1]}, which share the work already; leave --shard out, "
+            "or say --processes 1"
+        )
+    say(f"process {own[0]} of {own[1]}: should one of them die, all end; what is finished stays")
+    return own
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` as numbers.
+
+    Raises:
+      ValueError: not 0 <= I < N.
+    """
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(f"--shard {text}: expected I/N with 0 <= I < N, for example 0/2 and 1/2")
+    return int(first), int(last)
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """`DATAxMODEL` as numbers.
+
+    Raises:
+      ValueError: not two numbers of at least 1.
+    """
+    data, cross, model = text.partition("x")
+    if not (cross and data.isdecimal() and model.isdecimal() and int(data) and int(model)):
+        raise ValueError(f"--mesh {text}: expected DATAxMODEL, for example 2x4")
+    return int(data), int(model)
+
+
+def local_mesh(text: str) -> Mesh | None:
+    """A mesh `DATAxMODEL` over the first devices of this process; None for a single one.
+
+    Raises:
+      ValueError: not two numbers of at least 1.
+      MeshError: there are too few devices.
+    """
+    data, model = parse_mesh(text)
+    return None if data * model == 1 else make_mesh(data, model, devices=jax.local_devices()[: data * model])
