@@ -64,20 +64,18 @@ def _group(state, xs):
     inside, entering = _decays(g, reset)
     kk, qk = (_einsum("nbicd,nbied->nbice", x, k)[:, :, :, None] * inside for x in (k, q))
     inverse = _unit_lower_inverse(jnp.tril(beta[..., None] * kk, -1))
-    # M beta is one matrix: its columns take the strength of each write.
-    return jax.lax.scan(_chunk, state, (q, k, v, inverse * beta[..., None, :], qk, entering, inside[..., -1, :]))
+    return jax.lax.scan(_chunk, state, (q, k, v, beta, inverse, qk, entering, inside[..., -1, :]))
 
 
 def _chunk(state, xs):
     """The state [b, i, dk, r, dv] after one chunk, and its outputs [b, c, i, r, dv]."""
-    q, k, v, write, score, entering, leaving = xs
-    read = _einsum("bicd,bidrv->bicrv", jnp.concatenate([k, q], axis=2), state)
-    by_k, by_q = jnp.split(read, 2, axis=2)
-    decay = jnp.moveaxis(entering, 2, 3)[..., None]
-    new = _einsum("birce,bierv->bircv", write, jnp.moveaxis(v, 1, 2) - decay * by_k)
-    out = decay * by_q + _einsum("birce,birev->bicrv", score, new)
+    q, k, v, beta, inverse, score, entering, leaving = xs
+    by_k, by_q = jnp.split(_einsum("bicd,bidrv->bicrv", jnp.concatenate([k, q], axis=2), state), 2, axis=2)
+    decay, strength = (jnp.moveaxis(x, 2, 3)[..., None] for x in (entering, beta))
+    new = _einsum("birce,bierv->bircv", inverse, strength * (jnp.moveaxis(v, 1, 2) - decay * by_k))
+    out = jnp.moveaxis(decay * by_q, 2, 3) + _einsum("birce,birev->bircv", score, new)
     added = _einsum("bicd,bircv->bidrv", k, leaving[..., None] * new)
-    return entering[:, :, None, :, -1, None] * state + added, jnp.moveaxis(out, 2, 1)
+    return entering[:, :, None, :, -1, None] * state + added, jnp.moveaxis(out, 3, 1)
 
 
 def _decays(g, reset):
