@@ -39,6 +39,13 @@ def test_residuals_hidden_and_logits_equal_transformers(backbone, oracle, check_
     check_fidelity(backbone, oracle[f"{side}/tokens"], oracle[f"{side}/mask"], part)
 
 
+def test_a_depth_cut_inside_a_period_gives_the_same_bits(backbone, oracle, run_forward):
+    config, (tokens, mask) = backbone.config, (oracle["left/tokens"], oracle["left/mask"])
+    whole = run_forward(backbone.params, config, tokens, mask=mask, capture=tuple(range(config.num_layers)))
+    cut = run_forward(backbone.params, config, tokens, mask=mask, capture=(1,), stop_after=1)
+    np.testing.assert_array_equal(cut.captured[0], whole.captured[1])
+
+
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)  # the head is the same in all families
 def test_a_tied_model_uses_its_embedding_as_head(backbone, oracle, check_fidelity):
     # The golden weights without their head: residuals stay, logits become those of the tied model.
