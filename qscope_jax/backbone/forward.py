@@ -113,7 +113,7 @@ def forward(
     if entered is not None:
         slots = entered.slots
         h = jnp.where(entered.length > entered.capacity, jnp.nan, h)
-    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh)
+    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, _experts(params["period"]))
     h, captured, slots, outs = _run_layers(run, params["period"], h, slots, capture, depth, remat)
     cache = None if entered is None else entered._replace(slots=slots)
     if stop_after is not None:
@@ -147,12 +147,13 @@ class _Run(NamedTuple):
     tap: Tap | None
     captures: bool
     mesh: AnyMesh | None
+    experts: tuple[Any, ...]
 
     def layer(self, carry, slot: int, period, weights, data):
         """One layer, its tap and its capture; the carry holds the residual stream, captures and the cache."""
         h, buffer, slots = carry
         block = Block(self.config, self.config.period[slot])
-        h, new = block.apply({"params": weights}, h, self.ctx, slots[slot], period)
+        h, new = block.apply({"params": weights}, h, self.ctx, slots[slot], period, self.experts[slot])
         h = constrain(h, "batch", None, None, mesh=self.mesh)
         row, tap_data = jax.tree.map(lambda a: a[slot], data)
         tap = self.tap
@@ -196,6 +197,13 @@ def _run_layers(run: _Run, period, h, slots, capture, depth, remat) -> tuple[Any
         outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, tail)
     h, buffer, slots = carry
     return h, buffer, slots, outs
+
+
+def _experts(period) -> tuple[tuple[jax.Array, ...] | None, ...]:
+    """For every slot the experts of all periods, which layers read in place: a scan's slice of them would be a copy."""
+    return tuple(
+        tuple(slot["moe"][name] for name in ("gate", "up", "down")) if "moe" in slot else None for slot in period
+    )
 
 
 def _at(tree, index):

@@ -69,7 +69,7 @@ class Moe(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, within=None):
         cfg, moe = self.config, self.config.moe
         assert moe is not None
         b, t, d = x.shape
@@ -80,7 +80,8 @@ class Moe(nn.Module):
             self.param(name, _INIT, shape)
             for name, shape in (("gate", (e, d, m)), ("up", (e, d, m)), ("down", (e, m, d)))
         )
-        out = expert_mlp(x.reshape(-1, d), weights, experts, gate, up, down, precision=cfg.precision).reshape(b, t, d)
+        options = {"within": within, "precision": cfg.precision}
+        out = expert_mlp(x.reshape(-1, d), weights, experts, gate, up, down, **options).reshape(b, t, d)
         if moe.shared_intermediate_size is None:
             return out
         share = jnp.einsum("btd,ds->bts", x, self.param("shared_gate", _INIT, (d, 1)), precision=cfg.precision)
@@ -97,14 +98,16 @@ class Block(nn.Module):
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, h, ctx: BlockContext, slot, period):
+    def __call__(self, h, ctx: BlockContext, slot, period, experts=None):
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, cfg.hybrid, name=name)  # noqa: E731
         mixed, slot = _MIXERS[self.kind](cfg, name="mixer")(norm("mixer_norm")(h), ctx, slot, period)
         h = h + mixed
         width = cfg.intermediate_size
-        feed = Moe(cfg, name="moe") if width is None else Mlp(width, cfg.precision, name="mlp")
-        return h + feed(norm("mlp_norm")(h)), slot
+        x = norm("mlp_norm")(h)
+        if width is None:
+            return h + Moe(cfg, name="moe")(x, None if experts is None else (experts, period)), slot
+        return h + Mlp(width, cfg.precision, name="mlp")(x), slot
 
 
 def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "b t r"], sin: Float[Array, "b t r"]):

@@ -10,7 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qscope_jax.backbone.experts import expert_mlp, route
+from qscope_jax.backbone.forward import forward
+from qscope_jax.backbone.weights import parameter_shapes
 from qscope_jax.mesh import make_mesh
+from tests.backbone.families import make_config
 
 N, E, A, D, M = 24, 8, 3, 6, 5
 
@@ -147,6 +150,18 @@ def test_a_loop_over_layers_copies_none_of_their_experts():
         return scanned(True).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(128) - temporary(16) < 16 * D * M * 4
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_a_model_copies_none_of_its_experts(stop_after):
+    def temporary(e):
+        config = make_config("qwen3_moe", num_experts=e)
+        options = {"logits": "none", "stop_after": stop_after, "capture": (2,)}
+        run = lambda params, tokens: forward(params, config, tokens, **options).captured  # noqa: E731
+        shapes = parameter_shapes(config, jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(256) - temporary(16) < 240 * 16 * 12 * 4 // 2  # half of the growth of one layer's gate
 
 
 def laid_out(args, mesh):
