@@ -6,14 +6,17 @@ arguments and needs no context; without a mesh every helper here is a no-op.
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh = Mesh | AbstractMesh
+_A_YEAR = 366 * 86_400_000  # milliseconds
 
 # Logical axis -> mesh axis; whatever is not named lies whole on every device. With FSDP, "embed" lies on "data".
 RULES = {
@@ -114,9 +117,15 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def finish_together(what: str) -> None:
-    """Waits until every process has come here; a no-op for one process."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Waits until every process has come here, however late; a no-op for one process.
+
+    If another process dies, JAX ends this one.
+    """
+    if (client := distributed.global_state.client) is not None:
+        # Collectives, JAX's public barrier among them, give up after half an hour on a CPU. In a thread, because while
+        # the client waits Python cannot answer signals.
+        with ThreadPoolExecutor(1) as waiting:
+            waiting.submit(client.wait_at_barrier, what, _A_YEAR).result()
 
 
 def spans_processes(array: Any) -> bool:
@@ -160,7 +169,8 @@ def start_distributed(
       processes: how many there are; 1 is alone, wherever it runs.
       process: the number of this one, from 0.
       start_timeout: seconds in which all processes must have come.
-      silence_timeout: seconds after which a silent process counts as dead; the others then end with an error.
+      silence_timeout: seconds after which a silent process counts as dead; the others then end with an error. An ending
+        process waits as long for the others to end: where work is uneven, meet before (`finish_together`).
 
     Raises:
       ValueError: some of the three are given but not all, or they contradict one another.
@@ -183,6 +193,7 @@ def start_distributed(
         cluster_detection_method=None if missing else "deactivate",
         initialization_timeout=start_timeout,
         heartbeat_timeout_seconds=silence_timeout,
+        shutdown_timeout_seconds=silence_timeout,  # else one that fails keeps all others waiting for minutes
     )
 
 

@@ -26,8 +26,8 @@ from qscope_jax.extract import SINK_TOKENS, check_sae, make_extract_step, measur
 from qscope_jax.extract_folder import Loaded, Target, buckets_of, make_parts
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.extract_parts import conclude, missing_parts
-from qscope_jax.jobs.places import join_processes, local_mesh, parse_mesh
-from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.jobs.places import join_processes, local_mesh, meet, parse_mesh
+from qscope_jax.jobs.run import Interrupted, Run, devices, hash_files, plain, say
 from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle
@@ -145,6 +145,14 @@ def run(config: Config) -> None:
     """
     _check_numbers(config)
     shard, shards = join_processes(config.coordinator, config.processes, config.process, shard=config.shard)
+    try:
+        _extract(config, shard, shards)
+    except Interrupted:
+        meet()
+        raise
+
+
+def _extract(config: Config, shard: int, shards: int) -> None:
     manifest = "manifest.json" if shards == 1 else f"manifest-{shard}-of-{shards}.json"
     with Run("extract", config, config.out, manifest=manifest) as job:
         sources, info = _open(config)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from qscope_jax.data import store_files as files
+from qscope_jax.jobs.places import meet
 from qscope_jax.jobs.run import Run, say
-from qscope_jax.mesh import finish_together
 
 
 def missing_parts(
@@ -41,7 +41,7 @@ def conclude(out: Path, job: Run, info: dict[str, Any], mine: range, shards: int
     paths = [files.documents_path(out, part) for part in range(parts)]
     finished = all(paths[part].exists() for part in mine)
     if finished:
-        finish_together("all have made their parts")
+        meet()
     facts = [files.read_facts(path, expected) for path in paths if path.exists()]
     counts = _counts(info, facts)
     job.record(counts=counts)

@@ -37,6 +37,11 @@ def join_processes(
     return own
 
 
+def meet() -> None:
+    """Waits at the end of a command for the job's other processes; JAX makes an error for all of one that just ends."""
+    finish_together("all have ended")
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """`I/N` as numbers.
 
