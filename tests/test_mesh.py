@@ -211,7 +211,8 @@ class TestStartDistributed:
         ((args, options),) = started
         assert args == ("host:1234", 4, 3)
         assert options["cluster_detection_method"] == "deactivate"
-        assert (options["initialization_timeout"], options["heartbeat_timeout_seconds"]) == (7, 9)
+        timeouts = [options[f"{name}_timeout_seconds"] for name in ("heartbeat", "shutdown")]
+        assert (options["initialization_timeout"], timeouts) == (7, [9, 9])
 
     def test_once_is_enough(self, started, monkeypatch):
         monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

@@ -58,8 +58,8 @@ def sae(folder: Path) -> None:
 
 
 def lose_process(folder: Path) -> None:
-    """All add up numbers for ever; the process whose number is in `victim` is killed on the way."""
-    mesh = make_mesh(2, 4)
+    """All add up numbers for ever; `victim` names the process that is lost on the way, and `how`."""
+    mesh, victim, how = make_mesh(2, 4), int((folder / "victim").read_text()), (folder / "how").read_text()
     ones = jax.make_array_from_callback(
         (8,), NamedSharding(mesh, PartitionSpec(("data", "model"))), lambda index: np.ones(8, np.float32)[index]
     )
@@ -67,8 +67,10 @@ def lose_process(folder: Path) -> None:
     while True:
         assert total(ones) == 8
         steps += 1
-        if steps == 3 and jax.process_index() == int((folder / "victim").read_text()):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if steps == 3 and jax.process_index() == victim:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("this one failed")
 
 
 if __name__ == "__main__":

@@ -61,11 +61,18 @@ def test_slurm_tasks_find_each_other(tmp_path, together):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_where_one_is_killed_the_other_ends_with_an_error(tmp_path, together, victim):
+@pytest.mark.parametrize(("victim", "how"), [(0, "killed"), (1, "killed"), (1, "failed")])
+def test_where_one_is_lost_the_other_ends_with_an_error(tmp_path, together, victim, how):
     (tmp_path / "victim").write_text(str(victim))
+    (tmp_path / "how").write_text(how)
     silence = 6
     ended = together("lose_process", tmp_path, silence=silence)
-    assert ended[victim].code == -9, ended[victim].output
-    assert ended[1 - victim].code != 0
-    assert ended[1 - victim].seconds - ended[victim].seconds < 2 * silence
+    lost, other = ended[victim], ended[1 - victim]
+    if how == "killed":
+        assert lost.code == -9, lost.output
+        assert other.seconds - lost.seconds < 2 * silence
+    else:
+        assert "ValueError: this one failed" in lost.output
+        assert max(lost.seconds, other.seconds) < 60
+    assert lost.code != 0
+    assert other.code != 0

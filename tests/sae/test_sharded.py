@@ -14,7 +14,7 @@ from qscope_jax.sae.formats.stored import StoredTensor, _read
 from qscope_jax.sae.model import Sae, SaeConfig, SaeParams, decode, encode, init_sae
 
 D, F, K, N = 16, 64, 10, 24
-MESHES = [(8, 1), (2, 4), (1, 8)]
+MESHES = [(8, 1), (2, 4)]
 FORMATS = ("safetensors", "qwen-scope", "saelens")
 
 
