@@ -9,14 +9,14 @@ from qscope_jax.backbone.weights import parameter_shapes
 
 VOCAB = 50
 _SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 256, "eos_token_id": 49,
     "tie_word_embeddings": False,
 }  # fmt: skip
 _DENSE = {"intermediate_size": 24}
 _MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 _HYBRID = {
-    "full_attention_interval": 3, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "full_attention_interval": 4, "partial_rotary_factor": 0.5, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
     "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 _PARTS = {
@@ -27,6 +27,8 @@ _PARTS = {
 }
 FAMILIES = tuple(_PARTS)
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+# For `jax.jit` where a test asks what is computed, not how fast: it spends its time on compiling.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def raw_config(family, **changes):

@@ -50,7 +50,7 @@ def test_nested_and_flat_give_the_same_config(family):
     config = read(nested(family))
     assert config.model_type == family
     assert config.linear == LinearConfig(2, 6, 6, 10, 4)
-    assert config.layer_types == ("linear", "linear", "full") * 2
+    assert config.layer_types == ("linear", "linear", "linear", "full") * 2
     for name in (family, f"{family}_text"):
         assert read(raw_config(family, model_type=name)) == config
     unnamed = nested(family)
@@ -73,7 +73,7 @@ def test_writing_and_reading_gives_the_same_config(family):
     if family == "qwen3_moe":
         changes += [{"norm_topk_prob": False}, {"norm_topk_prob": ...}]
     if family in HYBRIDS:
-        other = ["full_attention", "linear_attention", *["full_attention"] * 4]
+        other = ["full_attention", "linear_attention", *["full_attention"] * 6]
         changes += [{"layer_types": other}, {"partial_rotary_factor": 1.0}]
         # Shares that are no short fractions; 44 * (30 / 44) rounds to less than 30.
         changes += [{"head_dim": c, "partial_rotary_factor": (r + 0.5) / c} for c, r in ((14, 6), (44, 30), (98, 2))]
@@ -148,21 +148,19 @@ def test_a_share_that_cannot_be_run_is_refused(change, message):
 
 
 def test_layers_follow_their_list_or_else_the_interval():
-    kinds = ["full_attention", "linear_attention", "linear_attention"] * 2
+    kinds = ["full_attention", "linear_attention", "linear_attention", "linear_attention"] * 2
     config = read(changed(raw_config("qwen3_5"), layer_types=kinds, full_attention_interval=...))
-    assert config.layer_types == ("full", "linear", "linear") * 2
+    assert config.layer_types == ("full", "linear", "linear", "linear") * 2
     assert read(raw_config("qwen3_5", layer_types=kinds)) == config  # the list wins, as in transformers
-    assert read(raw_config("qwen3_5", full_attention_interval=2)).layer_types == ("linear", "full") * 3
-    assert (
-        read(raw_config("qwen3_5", full_attention_interval=4)).layer_types
-        == ("linear",) * 3 + ("full",) + ("linear",) * 2
-    )
+    assert read(raw_config("qwen3_5", full_attention_interval=2)).layer_types == ("linear", "full") * 4
+    three = ("linear", "linear", "full", "linear", "linear", "full", "linear", "linear")
+    assert read(raw_config("qwen3_5", full_attention_interval=3)).layer_types == three
     with pytest.raises(ConfigError, match="full_attention_interval is missing"):
         read(changed(raw_config("qwen3_5"), full_attention_interval=...))
     with pytest.raises(ConfigError, match=r"\['linear_attention'\] are not supported for qwen3_moe"):
         read(raw_config("qwen3_moe", layer_types=kinds))
     with pytest.raises(ConfigError, match=r"\['sliding_attention'\] are not supported for qwen3_5 \(expected 'linear"):
-        read(raw_config("qwen3_5", layer_types=[*kinds[:5], "sliding_attention"]))
+        read(raw_config("qwen3_5", layer_types=[*kinds[:7], "sliding_attention"]))
 
 
 @pytest.mark.parametrize(("inner", "outer", "tied"), [(True, False, True), (False, True, False), (..., True, True)])

@@ -13,10 +13,10 @@ import pytest
 
 from qscope_jax.backbone.context import check_segments
 from qscope_jax.backbone.forward import forward
-from tests.backbone.families import FAMILIES, VOCAB, make_config, make_params, relative_l2, tokens_of
+from tests.backbone.families import FAMILIES, QUICK, VOCAB, make_config, make_params, relative_l2, tokens_of
 
 T = 200
-LAYERS = (0, 2, 5)
+LAYERS = (0, 3, 6)
 # Id, first column and length of the documents of both rows; what they leave free are pads: left, between, right.
 DOCUMENTS = (
     [(2, 0, 63), (3, 63, 2), (7, 65, 64), (8, 129, 1), (20, 130, 66)],
@@ -38,9 +38,10 @@ class Model:
         run = lambda p, tokens, mask, ids: forward(  # noqa: E731
             p, self.config, tokens, mask=mask, segment_ids=ids, capture=LAYERS
         )
-        self.run = functools.partial(jax.jit(run), self.params)
+        self.run = functools.partial(jax.jit(run, compiler_options=QUICK), self.params)
         self.packed = functools.cache(lambda: self.run(TOKENS, MASK, IDS))
-        self.gradients = jax.jit(jax.grad(lambda *args: surprise(run(*args).logits, *args[1:])))
+        loss = lambda *args: surprise(run(*args).logits, *args[1:])  # noqa: E731
+        self.gradients = jax.jit(jax.grad(loss), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -104,8 +105,12 @@ def blind(params, token):
     return params | {"embed": embed, "period": (first | {"mixer": mixer}, *params["period"][1:])}
 
 
-def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen3_moe", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)]
+)
+def test_gradients_of_packed_documents_are_the_sum_of_those_alone(family):
     """Finite ones, although every document begins with a token whose query and key are zero vectors."""
+    model = _model(family)
     tokens, params = TOKENS.copy(), blind(model.params, 7)
     for row, place in PLACES:
         tokens[row, place.start] = 7
@@ -114,7 +119,8 @@ def test_gradients_of_packed_documents_are_the_sum_of_those_alone(model):
     for path, found in jax.tree_util.tree_leaves_with_path(packed):
         expected = sum(_leaf(single, path) for single in singles)
         assert np.isfinite(found).all(), path
-        assert relative_l2(found, expected) < 1e-5, path
+        # The limit of torch's gradients; one float32 ulp in the weights moves some of these by four times as much.
+        assert relative_l2(found, expected) < 1e-4, path
 
 
 def _leaf(tree, path):
