@@ -202,12 +202,27 @@ def feed_batches(plan: Iterable[Batch], segments: Segments) -> Iterator[tuple[Ba
 
 
 def measure_sinks(
-    step: ExtractStep, params: Params, saes: Sequence[Sae], documents: Sequence[np.ndarray], buckets: Buckets
+    step: ExtractStep, params: Params, saes: Sequence[Sae], documents: Iterable[np.ndarray], buckets: Buckets
 ) -> dict[int, float]:
-    """Per layer, ten times the median residual norm over the first 65,536 tokens of the documents given."""
-    lengths = np.minimum([len(document) for document in documents], buckets.max_length)
-    before = np.cumsum(lengths) - lengths
-    chosen = [d[: SINK_TOKENS - b] for d, b in zip(documents, before, strict=True) if b < SINK_TOKENS]
+    """Per layer, the norm above which a token is a sink: what its SAE says, or else ten times the median norm.
+
+    That is measured over the first 65,536 tokens of the documents, which are read no further than that.
+
+    Raises:
+      ValueError: there is nothing to measure it on.
+    """
+    said = {n: sae.config.sink_threshold for n, sae in zip(step.layers, saes, strict=True)}
+    known = {n: value for n, value in said.items() if value is not None}
+    return known if len(known) == len(saes) else _measure(step, params, saes, documents, buckets) | known
+
+
+def _measure(step, params, saes, documents: Iterable[np.ndarray], buckets: Buckets) -> dict[int, float]:
+    chosen, room = list[np.ndarray](), SINK_TOKENS
+    for document in documents:
+        chosen.append(document[: min(room, buckets.max_length)])
+        room -= len(chosen[-1])
+        if not room:
+            break
     segments = cut_documents(chosen, buckets.max_length)
     plan = plan_batches(segments.lengths, buckets)
     norms = [np.zeros((len(step.layers), 0), np.float32)]

@@ -5,7 +5,7 @@ batches under way are still fetched and put aside; a later run takes them up and
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -137,6 +137,30 @@ def make_parts(
                 work.assembly.save(files.partial_path(target.out, work.part.number), target.fingerprint)
         for write in writes:
             write.result()
+
+
+def finished_parts(out: Path, info: Mapping[str, Any], chosen: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """The parts among `chosen` whose files are there, with the facts in them.
+
+    Raises:
+      ValueError: a file is damaged, or belongs to another run.
+    """
+    expected = files.fingerprint(info)
+    paths = {part: files.documents_path(out, part) for part in chosen}
+    return {part: files.read_facts(path, expected) for part, path in paths.items() if path.exists()}
+
+
+def count_parts(info: Mapping[str, Any], facts: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+    """What finished parts add up to, for the manifest."""
+    totals = {name: sum(f[name] for f in facts) for name in ("documents", "bad", "tokens", "truncated", "positions")}
+    tokens, positions = totals["tokens"], totals["positions"]
+    masked = np.sum([np.zeros(len(info["layers"])), *(f["masked"] for f in facts)], 0) / max(tokens, 1)
+    return {
+        **totals,
+        "wasted_positions": 1 - tokens / positions if positions else 0.0,
+        "masked_share": dict(zip(info["layers"], masked.tolist(), strict=True)),
+        "parts": f"{len(facts)} of {info['parts']}",
+    }
 
 
 def _start(target: Target, part: Part, selection: Selection) -> Work:

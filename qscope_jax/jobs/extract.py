@@ -22,10 +22,9 @@ from qscope_jax.data.assemble import read_features
 from qscope_jax.data.documents import Encoder, OnError, Parts, read_ahead
 from qscope_jax.data.text import Corpus, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
-from qscope_jax.extract import SINK_TOKENS, check_sae, make_extract_step, measure_sinks
-from qscope_jax.extract_folder import Loaded, Target, buckets_of, make_parts
+from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
+from qscope_jax.extract_folder import Loaded, Target, buckets_of, count_parts, finished_parts, make_parts
 from qscope_jax.files.source import Source, resolve
-from qscope_jax.jobs.extract_parts import conclude, missing_parts
 from qscope_jax.jobs.places import join_processes, local_mesh, meet, parse_mesh
 from qscope_jax.jobs.run import Interrupted, Run, devices, hash_files, plain, say
 from qscope_jax.mesh import partition
@@ -164,10 +163,14 @@ def _extract(config: Config, shard: int, shards: int) -> None:
         mode = "float32, the release's arithmetic" if config.precision == "parity" else "bfloat16 (fast mode)"
         job.record(mode=mode, store=info)
         mine = range(shard, len(sources.ranges), shards)
-        todo, rows = missing_parts(config.out, job, sources.ranges, files.fingerprint(info), mine)
+        done = finished_parts(config.out, info, mine)
+        todo = [part for part in mine if part not in done]
+        say(f"{len(sources.corpus):,} rows; {len(todo)} of {len(mine)} parts to do")
         if todo:
             loaded = loaded or _load(config, sources)
-            job.progress(rows=0, tokens=0, already=rows)
+            sizes = {part: stop - start for part, (start, stop) in enumerate(sources.ranges)}
+            job.total = sum(sizes[part] for part in mine)
+            job.progress(rows=0, tokens=0, already=sum(sizes[part] for part in done))
             parts = sources.parts(todo, on_error=config.on_error)
             target = Target(config.out, info, sources.corpus.schema)
             make_parts(target, parts, loaded, progress=job.progress, stopping=lambda: job.stopping)
@@ -175,7 +178,7 @@ def _extract(config: Config, shard: int, shards: int) -> None:
         else:  # the manifest goes on saying what made the files
             kept = ("device", "compilations", "shapes")
             job.record(**{name: job.earlier[name] for name in kept if name in job.earlier})
-        conclude(config.out, job, info, mine, shards)
+        _conclude(config.out, job, info, mine, shards)
 
 
 def _check_numbers(config: Config) -> None:
@@ -309,17 +312,35 @@ def _encoder(sae: Sae) -> Sae:
 
 
 def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, Any]) -> dict[str, Any]:
-    """The norm above which a token is masked, per layer: the SAE's own, or else measured at the start of the input."""
+    """The norm above which a token is masked, per layer; if measured, then at the start of the whole input."""
     if not config.mask_sinks:
         return {}
-    known = {layer: sae.config.sink_threshold for layer, sae in zip(sources.shapes, loaded.saes, strict=True)}
-    if None in known.values():
-        documents, tokens = [], 0
-        for part in read_ahead(sources.parts(range(len(sources.ranges)))):
-            documents += part.tokens
-            tokens += sum(map(len, part.tokens))
-            if tokens >= SINK_TOKENS:
-                break
-        found = measure_sinks(loaded.step, loaded.params, loaded.saes, documents, buckets_of(info))
-        known = {layer: found[layer] if value is None else value for layer, value in known.items()}
-    return {"measured_sinks": {str(layer): value for layer, value in known.items()}}
+    documents = (ids for part in read_ahead(sources.parts(range(len(sources.ranges)))) for ids in part.tokens)
+    found = measure_sinks(loaded.step, loaded.params, loaded.saes, documents, buckets_of(info))
+    return {"measured_sinks": {str(layer): value for layer, value in found.items()}}
+
+
+def _conclude(out: Path, job: Run, info: dict[str, Any], mine: range, shards: int) -> None:
+    """Counts what is there; the process that finds every part done joins the errors and says so for the whole.
+
+    Processes of one job meet before, and it is the first that speaks.
+    """
+    finished = len(finished_parts(out, info, mine)) == len(mine)
+    if finished:
+        meet()
+    done = finished_parts(out, info, range(info["parts"]))
+    counts = count_parts(info, done.values())
+    job.record(counts=counts)
+    if not finished:
+        raise job.interrupted(f"{counts['parts']} parts are done, finished batches of the next are put aside")
+    if jax.process_index() > 0:
+        return
+    if len(done) == info["parts"]:
+        files.join_errors(out, info["parts"])
+        if shards > 1:
+            job.manifests.append("manifest.json")
+    say(
+        f"{counts['parts']} parts: {counts['documents']:,} documents ({counts['truncated']:,} truncated), "
+        f"{counts['tokens']:,} tokens; {counts['bad']:,} rows left out (errors.jsonl); "
+        f"{counts['wasted_positions']:.1%} of positions padding"
+    )
