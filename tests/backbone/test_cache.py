@@ -75,6 +75,7 @@ PIECES = {
     "padded right, shorter than the convolution": [(7, (0, 2), (0, 1)), full(1), full(1), full(7)],
     "chunks that begin with pads": [full(7), (7, (3, 7), (6, 7)), (65, (1, 65), (64, 65)), (7, (5, 7), (0, 7))],
     "padded on both sides": [(7, (2, 5), (1, 6)), (65, (30, 61), (1, 2)), (7, (4, 6), (1, 2)), full(1), full(7)],
+    "a token now and then": [(7, (6, 7), (0, 1)), (7, (4, 5), (6, 7)), full(1), full(7)],
     "rows that pause": [full(7), (1, (0, 1), (0, 0)), (65, (0, 65), (65, 65)), (7, (0, 0), (0, 1)), full(1), full(7)],
     "a row that begins late": [(7, (0, 7), (7, 7)), (65, (0, 65), (0, 0)), (1, (0, 1), (0, 0)), full(7), full(1)],
 }  # fmt: skip
