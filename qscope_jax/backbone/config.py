@@ -146,7 +146,9 @@ class ModelConfig:
         family = _family(raw.get("model_type"), where)
         inner = text.get("model_type", raw.get("model_type"))
         if _family(inner, where) != family:
-            raise ConfigError(f"{where}: model_type {raw['model_type']!r} with a text_config of {inner!r}; expected one family")
+            raise ConfigError(
+                f"{where}: model_type {raw['model_type']!r} with a text_config of {inner!r}; expected one family"
+            )
         reader = Reader(text, raw, family, where)
         fields = _fields(reader, family)
         reader.raise_faults()

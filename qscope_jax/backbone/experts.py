@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from qscope_kernels.grouped_matmul import grouped_matmul
 
-from qscope_jax.mesh import RULES, mesh_of
+from qscope_jax.mesh import RULES, AnyMesh, mesh_of
 
 
 def route(
@@ -26,10 +26,19 @@ def route(
     The softmax runs over all experts in float32; `normalise` divides the kept weights by their sum (the checkpoint's
     norm_topk_prob). Ties go to the lowest index.
     """
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), num_active)
-    if normalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, experts
+
+    def pick(logits):
+        weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), num_active)
+        if normalise:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
+
+    mesh = mesh_of(logits)
+    if mesh is None:
+        return pick(logits)
+    # Left to itself XLA gathers all tokens around top_k.
+    tokens = _tokens(logits, mesh)
+    return jax.shard_map(pick, mesh=mesh, in_specs=tokens, out_specs=tokens)(logits)
 
 
 def expert_mlp(
@@ -60,12 +69,16 @@ def expert_mlp(
         out = compute(x, weights, experts, own, within, first=first)
         return jax.lax.psum(out, RULES["experts"])
 
-    tokens = PartitionSpec(RULES["batch"] if x.shape[0] % mesh.shape[RULES["batch"]] == 0 else None)
+    tokens = _tokens(x, mesh)
     own = PartitionSpec(RULES["experts"])
     all_layers = None if within is None else (PartitionSpec(None, RULES["experts"]), PartitionSpec())
     in_specs = (tokens, tokens, tokens, own, all_layers)
     split = jax.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=tokens)
     return split(x, weights, experts, (gate, up, down), within)
+
+
+def _tokens(x: jax.Array, mesh: AnyMesh) -> PartitionSpec:
+    return PartitionSpec(RULES["batch"] if x.shape[0] % mesh.shape[RULES["batch"]] == 0 else None)
 
 
 def _experts_here(x, weights, experts, own, within, *, first, precision) -> jax.Array:

@@ -113,7 +113,7 @@ def forward(
     if entered is not None:
         slots = entered.slots
         h = jnp.where(entered.length > entered.capacity, jnp.nan, h)
-    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, _experts(params["period"]))
+    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, _experts(params["period"], mesh))
     h, captured, slots, outs = _run_layers(run, params["period"], h, slots, capture, depth, remat)
     cache = None if entered is None else entered._replace(slots=slots)
     if stop_after is not None:
@@ -199,11 +199,15 @@ def _run_layers(run: _Run, period, h, slots, capture, depth, remat) -> tuple[Any
     return h, buffer, slots, outs
 
 
-def _experts(period) -> tuple[tuple[jax.Array, ...] | None, ...]:
-    """For every slot the experts of all periods, which layers read in place: a scan's slice of them would be a copy."""
-    return tuple(
-        tuple(slot["moe"][name] for name in ("gate", "up", "down")) if "moe" in slot else None for slot in period
-    )
+def _experts(period, mesh: AnyMesh | None) -> tuple[tuple[jax.Array, ...] | None, ...]:
+    """For every slot the experts of all periods, which layers read in place: a scan's slice of them would be a copy.
+
+    Where "data" may split weights (FSDP) there is no place to read: each layer's slice is gathered when it runs, and
+    these are None.
+    """
+    in_place = mesh is None or mesh.shape["data"] == 1
+    stacks = lambda moe: tuple(moe[name] for name in ("gate", "up", "down"))  # noqa: E731
+    return tuple(stacks(slot["moe"]) if in_place and "moe" in slot else None for slot in period)
 
 
 def _at(tree, index):

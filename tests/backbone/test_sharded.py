@@ -110,10 +110,24 @@ def test_no_weight_travels(collectives, family, step):
     config = config_of(family)
     held = [leaf for leaf in jax.tree.leaves(parameter_shapes(config)) if leaf.ndim > 2]
     sizes = {math.prod(leaf.shape[1:]) for leaf in held} | {math.prod(leaf.shape) for leaf in held}
-    gathered = [counts for name, counts in collectives(compiled(family, step, False)) if name == "all-gather"]
-    assert not sizes & {count for counts in gathered for count in counts}
-    largest = max((count for counts in gathered for count in counts), default=0)
-    assert largest <= ROWS * T * 16, "nothing larger than a residual stream is gathered"
+    gathered = gathered_by(collectives, compiled(family, step, False))
+    assert not gathered & sizes
+    assert max(gathered, default=0) <= ROWS * T * 16, "nothing larger than a residual stream"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_fsdp_gathers_one_layer_at_a_time(collectives, family):
+    shapes = parameter_shapes(config_of(family), mesh=make_mesh(2, 4), fsdp=True)
+    held = jax.tree.leaves(shapes["period"])
+    layers = {math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * 2 for leaf in held if leaf.ndim > 2}
+    stacks = {2 * count for count in layers} - layers
+    gathered = gathered_by(collectives, compiled(family, "gradient", True))
+    assert gathered & layers
+    assert not gathered & stacks
+
+
+def gathered_by(collectives, program):
+    return {count for name, counts in collectives(program) if name == "all-gather" for count in counts}
 
 
 @pytest.mark.parametrize(("step", "fsdp"), [("forward", False), ("gradient", True)], ids=str)
