@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qscope_jax.backbone.forward import forward
+from qscope_jax.backbone.tables import Piece
+from qscope_jax.backbone.weights import load_backbone, save_backbone
 from qscope_jax.mesh import make_mesh, start_distributed, to_host
 from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
 from qscope_jax.sae.model import decode, encode
 
-MESHES = {"within": (2, 4), "across": (1, 8)}  # latents split inside each process, or over both
+MESHES = {"within": (2, 4), "across": (1, 8)}  # weights split inside each process, or over both
 
 
 def outcome(action) -> str:
@@ -55,6 +58,39 @@ def sae(folder: Path) -> None:
     # A folder of other SAEs: only process 0 looks there.
     written = outcome(lambda: save_sae(loaded, folder / "others"))
     (folder / f"outcome{me}.txt").write_text(f"{read}\n{written}\n")
+
+
+class Counted(np.ndarray):
+    """A view of a file that adds up what is taken from it."""
+
+    taken = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        Counted.taken += found.nbytes
+        return found
+
+
+def loss(params, config, tokens):
+    return jnp.sum(jax.nn.log_softmax(forward(params, config, tokens).logits)[..., 7])
+
+
+def backbone(folder: Path) -> None:
+    """Loads `model/` over all devices, runs it forward and backward on `tokens.npy`, and saves it again."""
+    tokens, results, view = np.load(folder / "tokens.npy"), {}, Piece.view
+    Piece.view = lambda self, stored: view(self, stored).view(Counted)
+    for name, shape in MESHES.items():
+        mesh, Counted.taken = make_mesh(*shape), 0
+        loaded = load_backbone(folder / "model", dtype="float32", mesh=mesh)
+        results[f"{name}.taken"] = np.array(Counted.taken)
+        placed = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data", None)))
+        logits = jax.jit(forward)(loaded.params, loaded.config, placed).logits
+        places = jax.tree.map(lambda leaf: leaf.sharding, loaded.params)
+        gradient = jax.jit(jax.grad(loss), out_shardings=places)(loaded.params, loaded.config, placed)
+        results |= {f"{name}.logits": to_host(logits)}
+        results |= {f"{name}.{i}": to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(gradient))}
+        save_backbone(loaded, folder / name)
+    np.savez(folder / f"results{jax.process_index()}.npz", **results)
 
 
 def lose_process(folder: Path) -> None:

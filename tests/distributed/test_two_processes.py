@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.backbone.forward import forward
+from qscope_jax.backbone.weights import Backbone, save_backbone
 from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
 from qscope_jax.sae.model import SaeConfig, decode, encode, init_sae
+from tests.backbone.families import make_config, make_params, relative_l2, tokens_of
+from tests.distributed.scenarios import loss
 
 
 @pytest.fixture
@@ -50,6 +54,34 @@ def test_an_sae_over_two_processes(folder, together):
     assert outcomes[0][1].startswith("FormatError")
     assert outcomes[1][1].startswith("RuntimeError: process 0 failed")
     assert json.loads((folder / "others" / "config.json").read_text())["d_sae"] == 32
+
+
+@pytest.mark.slow
+def test_a_backbone_over_two_processes(tmp_path, together):
+    config = make_config(
+        "qwen3_5_moe", num_hidden_layers=3, vocab_size=56, num_attention_heads=8, num_key_value_heads=4,
+        linear_num_key_heads=4, linear_num_value_heads=8, shared_expert_intermediate_size=24,
+    )  # fmt: skip
+    model = Backbone(config, make_params(config))
+    save_backbone(model, tmp_path / "model")
+    tokens = tokens_of(4, 21)
+    np.save(tmp_path / "tokens.npy", tokens)
+    ended = together("backbone", tmp_path)
+    assert [one.code for one in ended] == [0, 0], [one.output for one in ended]
+
+    gradient = jax.jit(jax.grad(loss))(model.params, config, tokens)
+    expected = [jax.jit(forward)(model.params, config, tokens).logits, *jax.tree.leaves(gradient)]
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    for process in range(2):
+        found = np.load(tmp_path / f"results{process}.npz")
+        for mesh in ("within", "across"):
+            arrays = [found[f"{mesh}.logits"], *(found[f"{mesh}.{i}"] for i in range(len(expected) - 1))]
+            assert relative_l2(arrays[0], expected[0]) < 1e-5
+            assert max(map(relative_l2, arrays[1:], expected[1:])) < 1e-4
+            for path in (tmp_path / "model").iterdir():
+                assert (tmp_path / mesh / path.name).read_bytes() == path.read_bytes()
+        # Split over both, each reads its half, and whole what is too small or too few to be split.
+        assert found["across.taken"] < 0.65 * whole < whole <= found["within.taken"]
 
 
 @pytest.mark.slow
