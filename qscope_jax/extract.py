@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params, forward
 from qscope_jax.backbone.weights import Backbone
-from qscope_jax.data.batches import Batch, Buckets, Segments, cut_documents, fill_batch, plan_batches
+from qscope_jax.data.batches import Batch, Buckets, Filled, Segments, cut_documents, fill_batch, plan_batches
 from qscope_jax.mesh import mesh_of
 from qscope_jax.sae.model import Contract, Sae, SaeConfig, SparseCode, encode
 from qscope_jax.sae.quality import sink_threshold
@@ -61,11 +61,12 @@ class ExtractStep:
     def __init__(self, config: ModelConfig, layers: tuple[int, ...], contract: Contract):
         self.config, self.layers, self.shapes = config, layers, list[tuple[int, ...]]()
 
-        def step(params, saes, tokens, mask):
+        def step(params, saes, tokens, mask, segment_ids):
             self.shapes.append(tokens.shape)  # Python runs only while jit traces: once per compilation
             residual = forward(
-                params, config, tokens, mask=mask, capture=layers, stop_after=max(layers), logits="none"
-            ).captured
+                params, config, tokens, mask=mask, segment_ids=segment_ids,
+                capture=layers, stop_after=max(layers), logits="none",
+            ).captured  # fmt: skip
             codes = tuple(encode(sae, residual[i], contract=contract) for i, sae in enumerate(saes))
             return StepOutput(codes, jnp.linalg.norm(residual.astype(jnp.float32), axis=-1))
 
@@ -77,14 +78,20 @@ class ExtractStep:
         return len(self.shapes)
 
     def __call__(
-        self, params: Params, saes: Sequence[Sae], tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+        self,
+        params: Params,
+        saes: Sequence[Sae],
+        tokens: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"],
+        segment_ids: Int[Tensor, "b t"],
     ) -> StepOutput:
-        return self._jitted(params, tuple(saes), tokens, mask)
+        return self._jitted(params, tuple(saes), tokens, mask, segment_ids)
 
 
 def make_extract_step(config: ModelConfig, layers: Sequence[int], *, contract: Contract = "exact") -> ExtractStep:
-    """The step `(params, saes, tokens [b, t], mask [b, t]) -> StepOutput` for SAEs of these layers, in this order.
+    """The step for SAEs of these layers, in this order: (params, saes, tokens, mask, segment_ids) -> StepOutput.
 
+    The last three are [b, t], a batch's content as `fill_batch` makes it: rows may hold several documents.
     With weights on a mesh, rows are split over "data", which must divide b.
 
     Raises:
@@ -115,11 +122,11 @@ def stream(
     step: ExtractStep,
     params: Params,
     saes: Sequence[Sae],
-    feed: Iterable[tuple[Key, np.ndarray, np.ndarray]],
+    feed: Iterable[tuple[Key, Filled]],
     *,
     ahead: int = 2,
 ) -> Iterator[tuple[Key, HostOutput]]:
-    """Runs the step over a feed of (key, tokens, mask) and yields (key, results as NumPy arrays) in order.
+    """Runs the step over a feed of (key, content) and yields (key, results as NumPy arrays) in order.
 
     `ahead` batches are always under way while the caller works on the one before.
 
@@ -140,11 +147,11 @@ def stream(
             )
         return key, output
 
-    for key, tokens, mask in feed:
-        output = step(params, saes, tokens, mask)
+    for key, content in feed:
+        output = step(params, saes, *content)
         for array in jax.tree.leaves(output):
             array.copy_to_host_async()
-        pending.append((key, mask, output))
+        pending.append((key, content.mask, output))
         if len(pending) > ahead:
             yield fetch()
     while pending:
@@ -188,17 +195,19 @@ def extract_documents(
     buckets = Buckets(batch_tokens, max_length, multiple=1 if mesh is None else mesh.shape["data"])
     plan = plan_batches(segments.lengths, buckets)
     for batch, output in stream(step, backbone.params, tuple(saes.values()), feed_batches(plan, segments)):
-        for i, row in enumerate(batch.rows):
-            n = segments.lengths[row]
-            codes = tuple(HostCode(code.values[i, :n], code.indices[i, :n]) for code in output.codes)
-            pieces[int(row)] = HostOutput(codes, output.norms[:, i, :n])
+        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), output.codes)
+        norms = output.norms.reshape(len(saes), -1)
+        for segment, begin in zip(batch.segments, batch.begin, strict=True):
+            own = slice(begin, begin + segments.lengths[segment])
+            codes = tuple(HostCode(code.values[own], code.indices[own]) for code in flat)
+            pieces[int(segment)] = HostOutput(codes, norms[:, own])
     return [_document(segments, pieces, tuple(saes), d) for d in range(len(documents))]
 
 
-def feed_batches(plan: Iterable[Batch], segments: Segments) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+def feed_batches(plan: Iterable[Batch], segments: Segments) -> Iterator[tuple[Batch, Filled]]:
     """What `stream` takes, with the batch as key."""
     for batch in plan:
-        yield batch, *fill_batch(batch, segments)
+        yield batch, fill_batch(batch, segments)
 
 
 def measure_sinks(
@@ -227,7 +236,7 @@ def _measure(step, params, saes, documents: Iterable[np.ndarray], buckets: Bucke
     plan = plan_batches(segments.lengths, buckets)
     norms = [np.zeros((len(step.layers), 0), np.float32)]
     for batch, output in stream(step, params, saes, feed_batches(plan, segments)):
-        norms.append(output.norms[:, fill_batch(batch, segments)[1]])
+        norms.append(output.norms[:, fill_batch(batch, segments).mask])
     found = np.concatenate(norms, axis=1)
     if not found.size:
         raise ValueError(

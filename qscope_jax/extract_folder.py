@@ -16,7 +16,7 @@ import pyarrow as pa
 from qscope_jax.backbone.forward import Params
 from qscope_jax.data import store_files as files
 from qscope_jax.data.assemble import Assembly, Selection
-from qscope_jax.data.batches import Buckets, cut_documents, fill_batch, plan_batches
+from qscope_jax.data.batches import Buckets, Filled, cut_documents, fill_batch, plan_batches
 from qscope_jax.data.documents import Part, Parts, read_ahead
 from qscope_jax.extract import ExtractStep, stream
 from qscope_jax.sae.model import Sae
@@ -81,7 +81,7 @@ class Work(NamedTuple):
 
     def documents(self, places: list[int]) -> int:
         """How many documents begin in these batches, for the progress display."""
-        return sum(int(self.first[self.assembly.plan[place].rows].sum()) for place in places)
+        return sum(int(self.first[self.assembly.plan[place].segments].sum()) for place in places)
 
 
 class Progress(Protocol):
@@ -112,7 +112,7 @@ def make_parts(
             writes.append(writer.submit(_write_part, target, work))
             progress(rows=len(work.part.bad), tokens=0)
 
-        def feed() -> Iterator[tuple[tuple[Work, int], np.ndarray, np.ndarray]]:
+        def feed() -> Iterator[tuple[tuple[Work, int], Filled]]:
             for part in read_ahead(parts):
                 if stopping():
                     return
@@ -124,11 +124,11 @@ def make_parts(
                 for place in missing:
                     if stopping():
                         return
-                    yield (work, place), *fill_batch(work.assembly.plan[place], work.assembly.segments)
+                    yield (work, place), fill_batch(work.assembly.plan[place], work.assembly.segments)
 
         for (work, place), output in stream(loaded.step, loaded.params, loaded.saes, feed()):
             work.assembly.absorb(place, output.codes, output.norms <= limits)
-            lengths = work.assembly.segments.lengths[work.assembly.plan[place].rows]
+            lengths = work.assembly.segments.lengths[work.assembly.plan[place].segments]
             progress(rows=work.documents([place]), tokens=int(lengths.sum()))
             if not work.assembly.missing:
                 finish(work)
@@ -152,7 +152,8 @@ def finished_parts(out: Path, info: Mapping[str, Any], chosen: Iterable[int]) ->
 
 def count_parts(info: Mapping[str, Any], facts: Collection[Mapping[str, Any]]) -> dict[str, Any]:
     """What finished parts add up to, for the manifest."""
-    totals = {name: sum(f[name] for f in facts) for name in ("documents", "bad", "tokens", "truncated", "positions")}
+    names = ("documents", "bad", "tokens", "truncated", "positions", "sharing")
+    totals = {name: sum(f[name] for f in facts) for name in names}
     tokens, positions = totals["tokens"], totals["positions"]
     masked = np.sum([np.zeros(len(info["layers"])), *(f["masked"] for f in facts)], 0) / max(tokens, 1)
     return {
@@ -190,6 +191,7 @@ def _write_part(target: Target, work: Work) -> None:
         "tokens": int(used.sum()),
         "truncated": int((used < lengths).sum()),
         "positions": assembly.positions,
+        "sharing": sum(batch.sharing for batch in assembly.plan),
         "masked": assembly.masked(),
     }
     pooled = {}

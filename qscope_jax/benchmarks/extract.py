@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qscope_jax.backbone.forward import init_params
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.benchmarks.paired import paired
-from qscope_jax.benchmarks.shapes import qwen3_1p7b
-from qscope_jax.data.batches import cut_documents, fill_batch, plan_batches
+from qscope_jax.benchmarks.shapes import qwen3_1p7b, random_params
+from qscope_jax.data.batches import Filled, cut_documents, fill_batch, plan_batches
 from qscope_jax.data.documents import Parts, read_ahead
 from qscope_jax.data.text import Corpus, open_corpus
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
@@ -58,7 +57,7 @@ def compare(loaded: Loaded, encoder: Any, *, documents: int, rounds: int, batch_
                 pass
 
         result = paired(extraction, lambda: step() or np.zeros(0), rounds=rounds)
-    positions = sum(mask.size for *_, mask in batches)
+    positions = sum(content.mask.size for _, content in batches)
     return {
         "what": "tokens/s of extraction / of the step",
         "tokens": tokens,
@@ -76,12 +75,12 @@ def _embedded() -> Loaded:
 
 
 def _wide() -> Loaded:
-    config, d_sae = qwen3_1p7b(2, "highest"), 32_768
+    config, d_sae = qwen3_1p7b(2), 32_768
     w_enc = 0.02 * jax.random.normal(jax.random.key(1), (config.hidden_size, d_sae))
     unused = jnp.zeros((0, config.hidden_size))
     params = SaeParams(w_enc, jnp.zeros(d_sae), unused, jnp.zeros(config.hidden_size))
     sae = Sae(params, SaeConfig(config.hidden_size, d_sae, k=50, layer=1))
-    return Loaded(init_params(jax.random.key(0), config), (sae,), make_extract_step(config, (1,)))
+    return Loaded(random_params(config), (sae,), make_extract_step(config, (1,)))
 
 
 def _lines(documents: int) -> Iterator[str]:
@@ -117,12 +116,12 @@ def _parts(corpus: Corpus, encoder: Any, loaded: Loaded) -> Parts:
     return Parts(corpus, ranges, encoder, loaded.step.config.vocab_size)
 
 
-def _batches(target: Target, parts: Parts) -> tuple[list[tuple[None, np.ndarray, np.ndarray]], int]:
+def _batches(target: Target, parts: Parts) -> tuple[list[tuple[None, Filled]], int]:
     batches, tokens = [], 0
     for part in read_ahead(parts):
         segments = cut_documents(part.tokens, target.info["max_length"])
         tokens += int(segments.lengths.sum())
-        batches += [(None, *fill_batch(b, segments)) for b in plan_batches(segments.lengths, target.buckets)]
+        batches += [(None, fill_batch(b, segments)) for b in plan_batches(segments.lengths, target.buckets)]
     return batches, tokens
 
 

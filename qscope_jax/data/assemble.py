@@ -70,17 +70,19 @@ class Assembly:
         `counted` [layers, b, t] is False where a real token is masked as a sink; padding is left out here.
         """
         batch = self.plan[place]
-        real = self._fresh(batch)
-        masked = [int((real & ~counted[i]).sum()) for i in range(len(codes))]
-        result = {"masked": np.array(masked, np.int64)}
+        real, segment = self._fresh(batch)
+        counts = counted.reshape(len(codes), -1)[:, real]
+        result = {"masked": (~counts).sum(axis=1)}
         for i, (values, indices) in enumerate(codes):
+            values, indices = (array.reshape(-1, array.shape[-1]) for array in (values, indices))
             if self._selection.per == "token":
-                code = self._select_tokens(i, np.where(counted[i][real][:, None], values[real], 0), indices[real])
+                code = self._select_tokens(i, np.where(counts[i][:, None], values[real], 0), indices[real])
                 result |= {f"{i}.idx": code.idx, f"{i}.val": code.val}
             else:
-                rows = self._pool(i, values, indices, real & counted[i], batch)
+                kept, owner = real[counts[i]], segment[counts[i]]
+                rows = self._pool(i, values[kept], indices[kept], owner, len(batch.segments))
                 result |= {f"{i}.offsets": rows.offsets, f"{i}.features": rows.features, f"{i}.values": rows.values}
-                result[f"{i}.counted"] = (real & counted[i]).sum(axis=1)[: len(batch.rows)]
+                result[f"{i}.counted"] = np.bincount(owner, minlength=len(batch.segments))
         self._results[place] = result
 
     @property
@@ -115,7 +117,7 @@ class Assembly:
 
     def tokens(self, layer: int) -> TokenCodes:
         """All documents' token codes of the layer at place `layer`, in order."""
-        fresh = (self.segments.lengths - self.segments.context)[self._planned_rows()]
+        fresh = (self.segments.lengths - self.segments.context)[self._planned()]
         ends = np.cumsum(fresh)
         order = self._row_order()
         take = ranges((ends - fresh)[order], ends[order])
@@ -141,20 +143,19 @@ class Assembly:
             place, _, key = name.partition("/")
             self._results.setdefault(int(place), {})[key] = np.array(file.array(name))
 
-    def _fresh(self, batch: Batch) -> np.ndarray:
-        """bool [b, t]: the real tokens that count here, so no windows' context; for "last" the documents' last ones."""
-        begin, end = np.zeros((2, batch.size), np.int64)
-        begin[: len(batch.rows)] = self.segments.context[batch.rows]
-        end[: len(batch.rows)] = self.segments.lengths[batch.rows]
-        if self._selection.per == "document" and self._selection.pool == "last":
-            last = np.append(self.segments.document[1:] != self.segments.document[:-1], True)[batch.rows]
-            begin[: len(batch.rows)] = end[: len(batch.rows)] - last
-        column = np.arange(batch.length)
-        return (column >= begin[:, None]) & (column < end[:, None])
+    def _fresh(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the flat batch of the real tokens that count here, and whose they are, by the batch's segments.
 
-    def _pool(self, layer: int, values, indices, counted, batch: Batch) -> Rows:
-        n = len(batch.rows)
-        rows = pool_codes(values[:n], indices[:n], counted[:n], self._d_sae[layer], self._selection.pool)
+        Windows' context does not count, and for "last" only the documents' last tokens do.
+        """
+        begin = batch.begin + self.segments.context[batch.segments]
+        end = batch.begin + self.segments.lengths[batch.segments]
+        if self._selection.per == "document" and self._selection.pool == "last":
+            begin = end - np.append(self.segments.document[1:] != self.segments.document[:-1], True)[batch.segments]
+        return ranges(begin, end), np.repeat(np.arange(len(begin)), end - begin)
+
+    def _pool(self, layer: int, values, indices, owner, count: int) -> Rows:
+        rows = pool_codes(values, indices, owner, count, self._d_sae[layer], self._selection.pool)
         # Means and windows are ranked at the end, when the sums are whole.
         return rows if self._windowed or self._selection.pool == "mean" else self._rank(layer, rows)
 
@@ -179,12 +180,12 @@ class Assembly:
     def _in_order(self) -> list[dict[str, np.ndarray]]:
         return [self._results[place] for place in range(len(self.plan))]
 
-    def _planned_rows(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int64), *(batch.rows for batch in self.plan)])
+    def _planned(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(batch.segments for batch in self.plan)])
 
     def _row_order(self) -> np.ndarray:
         """Where each segment stands among the rows of all batches."""
-        return np.argsort(self._planned_rows(), kind="stable")
+        return np.argsort(self._planned(), kind="stable")
 
 
 def index_type(d_sae: int) -> np.dtype:

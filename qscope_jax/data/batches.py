@@ -1,8 +1,9 @@
 """Documents of any length in batches of few shapes.
 
 Lengths are rounded up to a bounded geometric set of buckets; a bucket of length t has batch_tokens // t rows, always.
-Rows are sorted by length and cut greedily, so that a batch holds near-equal lengths and little padding. The plan is a
-function of the lengths alone: whoever makes it gets the same batches, which is what makes a half-done part resumable.
+Segments are sorted by length and cut greedily, so that rows of near-equal length stand together; or short ones share
+rows, where that computes less. The plan is a function of the lengths alone: whoever makes it gets the same batches,
+which is what makes a half-done part resumable.
 """
 
 import dataclasses
@@ -13,6 +14,9 @@ import numpy as np
 
 _SMALLEST = 8
 _FEW = 4  # a plan of at most so many batches may end in a smaller one
+_SHARED = (64, 128, 256, 512)  # lengths that rows of several documents may have
+_ATTENTION = 1024  # attending to so many columns costs about as much as the rest of a small model's layer
+PLAN = 2  # to be raised whenever lengths get another plan: batches put aside by another rule do not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +54,9 @@ class Buckets:
 
 
 class Segments(NamedTuple):
-    """Pieces of documents, each a row of some batch: tokens[begin:end], of which the first `context` only give context.
+    """Pieces of documents: tokens[begin:end], of which the first `context` only give context.
 
-    All but `tokens` are int64 [rows]; rows of one document follow each other.
+    All but `tokens` are int64 [segments]; those of one document follow each other.
     """
 
     tokens: np.ndarray
@@ -67,11 +71,32 @@ class Segments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Which segments stand in a batch of shape [size, length]; rows past `len(rows)` are padding."""
+    """Which segments stand where in a batch of shape [size, length]; what they leave free is padding.
+
+    The tokens of segments[i] begin at begin[i] of the flat batch, ascending, and stay within a row.
+    """
 
     size: int
     length: int
-    rows: np.ndarray
+    segments: np.ndarray
+    begin: np.ndarray
+
+    @property
+    def sharing(self) -> int:
+        """How many of its segments share a row with another."""
+        each = np.bincount(self.begin // self.length)
+        return int(each[each > 1].sum())
+
+
+class Filled(NamedTuple):
+    """A batch's content, all [size, length]: int32 tokens, zero where padded; a mask, True at real tokens; segment ids.
+
+    Ids ascend along a row, so that each document sees itself alone.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    segment_ids: np.ndarray
 
 
 def cut_documents(
@@ -108,42 +133,98 @@ def cut_documents(
 
 
 def plan_batches(lengths: np.ndarray, buckets: Buckets) -> list[Batch]:
-    """Cuts rows of the given lengths, longest first, into batches of the buckets' shapes.
+    """Puts segments of the given lengths into batches: one per row, or short ones packed into rows of one length.
 
-    Only where the whole plan has at most four batches may the last one have fewer rows than its bucket's (by factors of
-    four), so that a handful of texts is not computed in a batch for hundreds.
+    Of these plans it gives the one that costs least: positions, weighed with the attention of longer rows. Only where
+    the whole plan has at most four batches may the last one have fewer rows than its bucket's (by factors of four), so
+    that a handful of texts is not computed in a batch for hundreds.
 
     Raises:
-      ValueError: a row is longer than `max_length` or empty.
+      ValueError: a segment is longer than `max_length` or empty.
     """
-    if len(lengths) and not 0 < lengths.min() <= lengths.max() <= buckets.max_length:
+    if not len(lengths):
+        return []
+    if not 0 < lengths.min() <= lengths.max() <= buckets.max_length:
         raise ValueError(f"rows have {lengths.min()} to {lengths.max()} tokens; expected 1 to {buckets.max_length}")
+    shared = [room for room in _SHARED if room <= buckets.batch_tokens]
+    return min((_plan(lengths, buckets, room) for room in (0, *shared)), key=_cost)
+
+
+def _cost(plan: Sequence[Batch]) -> int:
+    return sum(batch.size * batch.length * (_ATTENTION + batch.length) for batch in plan)
+
+
+def _plan(lengths: np.ndarray, buckets: Buckets, room: int) -> list[Batch]:
+    """The plan that packs what is left when no segment above `room` is; 0 packs nothing."""
     choices = np.array(buckets.lengths)
     order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
+    batches, start = list[Batch](), 0
+    while start < len(order) and lengths[order[start]] > room:
         length = int(choices[np.searchsorted(choices, lengths[order[start]])])
         size = buckets.rows(length)
-        batches.append(Batch(size, length, order[start : start + size]))
+        chosen = order[start : start + size]
+        batches.append(Batch(size, length, chosen, np.arange(len(chosen)) * length))
         start += size
-    if batches and len(batches) <= _FEW:
+    if start < len(order):
+        batches += _packed(order[start:], lengths, buckets.rows(room), room)
+    if len(batches) <= _FEW:
         last = batches[-1]
-        size = last.size
-        while -(-size // 4) >= len(last.rows) and size > 1:
+        size, used = last.size, last.begin[-1] // last.length + 1
+        while -(-size // 4) >= used and size > 1:
             size = -(-size // 4)
         batches[-1] = last._replace(size=-(-size // buckets.multiple) * buckets.multiple)
     return batches
 
 
-def fill_batch(batch: Batch, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
-    """The batch's tokens, int32 [size, length], zero where padded, and its mask, True at real tokens."""
-    begin, end = segments.begin[batch.rows], segments.end[batch.rows]
-    lengths = np.zeros(batch.size, np.int64)
-    lengths[: len(batch.rows)] = end - begin
-    mask = np.arange(batch.length) < lengths[:, None]
-    tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = segments.tokens[ranges(begin, end)]
-    return tokens, mask
+def _packed(order: np.ndarray, lengths: np.ndarray, size: int, room: int) -> list[Batch]:
+    """First fit decreasing: `order` names segments by falling length, all at most `room`."""
+    begin = pack_rows(lengths[order], room)
+    by_place = np.argsort(begin)
+    order, begin = order[by_place], begin[by_place]
+    cuts = np.searchsorted(begin, np.arange(size * room, begin[-1] + 1, size * room))
+    pieces = zip(np.split(order, cuts), np.split(begin, cuts), strict=True)
+    return [Batch(size, room, chosen, place - i * size * room) for i, (chosen, place) in enumerate(pieces)]
+
+
+def pack_rows(lengths: np.ndarray, room: int) -> np.ndarray:
+    """Where segments of falling lengths begin if rows are filled one by one, each time with the longest that fits.
+
+    That is first fit decreasing. Rows of equal lengths are made at once: the work grows with the number of different
+    lengths, not of segments.
+    """
+    kinds, counts = np.unique(-lengths, return_counts=True)
+    left = dict(zip((-kinds).tolist(), counts.tolist(), strict=True))
+    first = dict(zip((-kinds).tolist(), (np.cumsum(counts) - counts).tolist(), strict=True))
+    begin, row = np.empty(len(lengths), np.int64), 0
+    while left:
+        free, pattern = room, list[tuple[int, int]]()
+        for length, count in left.items():
+            if take := min(free // length, count):
+                pattern.append((length, take))
+                free -= length * take
+        times = min(left[length] // take for length, take in pattern)
+        column = 0
+        for length, take in pattern:
+            columns = column + length * np.arange(take)
+            rows = row + np.arange(times)
+            begin[first[length] :][: times * take] = (rows[:, None] * room + columns).ravel()
+            column += length * take
+            first[length] += times * take
+            left[length] -= times * take
+        left = {length: count for length, count in left.items() if count}
+        row += times
+    return begin
+
+
+def fill_batch(batch: Batch, segments: Segments) -> Filled:
+    """The batch's content."""
+    begin, end = segments.begin[batch.segments], segments.end[batch.segments]
+    place = ranges(batch.begin, batch.begin + end - begin)
+    tokens, mask, ids = (np.zeros(batch.size * batch.length, kind) for kind in (np.int32, bool, np.int32))
+    tokens[place] = segments.tokens[ranges(begin, end)]
+    mask[place] = True
+    ids[place] = np.repeat(np.arange(len(begin)), end - begin)
+    return Filled(*(array.reshape(batch.size, batch.length) for array in (tokens, mask, ids)))
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -23,24 +23,23 @@ class Rows(NamedTuple):
     values: np.ndarray
 
 
-def pool_codes(values: np.ndarray, indices: np.ndarray, counted: np.ndarray, d_sae: int, pool: Pool) -> Rows:
+def pool_codes(values: np.ndarray, indices: np.ndarray, row: np.ndarray, rows: int, d_sae: int, pool: Pool) -> Rows:
     """Pools codes over the tokens of each row; features ascend within a row.
 
     Args:
-      values: float32 [b, t, k]; a slot with value <= 0 is unused.
-      indices: integers [b, t, k].
-      counted: bool [b, t], the tokens that count. For "last" the caller marks the one token of each row.
+      values: float32 [n, k], of the tokens that count; a slot with value <= 0 is unused.
+      indices: integers [n, k].
+      row: integers [n], ascending: which row each token belongs to. For "last" the caller gives one token of each row.
+      rows: how many there are.
       d_sae: number of latents.
       pool: "max" gives the largest value, "count" the number of tokens, "mean" the sum (float64; the caller divides
-        by the tokens of the document, zeros included), "last" the value at the marked token.
+        by the tokens of the document, zeros included), "last" the value at the given token.
     """
-    row = np.nonzero(counted)[0]
-    flat, index = values[counted], indices[counted]
-    used = flat > 0
+    used = values > 0
     row = np.broadcast_to(row[:, None], used.shape)[used]
-    flat, index = flat[used], index[used]
+    flat, index = values[used], indices[used]
     feature_bits = _bits(d_sae)
-    group, flat = _sorted_groups(row, index, flat, feature_bits, len(counted))
+    group, flat = _sorted_groups(row, index, flat, feature_bits, rows)
     is_last = np.concatenate([group[1:] != group[:-1], np.ones(min(len(group), 1), bool)])
     ends = np.flatnonzero(is_last)
     if pool in ("max", "last"):
@@ -52,7 +51,7 @@ def pool_codes(values: np.ndarray, indices: np.ndarray, counted: np.ndarray, d_s
         pooled = np.add.reduceat(flat.astype(np.float64), starts) if len(ends) else np.zeros(0)
     group = group[ends]
     features = (group & ((1 << feature_bits) - 1)).astype(np.uint32)
-    return Rows(_offsets(group >> feature_bits, len(counted)), features, pooled)
+    return Rows(_offsets(group >> feature_bits, rows), features, pooled)
 
 
 def rank_rows(rows: Rows, *, top: int | None = None, min_value: float = 0.0, allowed: np.ndarray | None = None) -> Rows:

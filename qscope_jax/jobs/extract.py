@@ -19,6 +19,7 @@ from qscope_jax.backbone.config import ModelConfig, read_config
 from qscope_jax.backbone.weights import load_backbone, parameter_shapes
 from qscope_jax.data import store_files as files
 from qscope_jax.data.assemble import read_features
+from qscope_jax.data.batches import PLAN
 from qscope_jax.data.documents import Encoder, OnError, Parts, read_ahead
 from qscope_jax.data.text import Corpus, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
@@ -256,6 +257,7 @@ def _settings(
             "max_length": longest,
             "batch_tokens": config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"],
             # A shape costs a compilation, which a small corpus never earns back in padding.
+            "plan": PLAN,
             "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
             **({"pool": None} if config.per == "token" else {"values": "float32"}),
             **({"mesh": {"data": data, "model": model}} if data * model > 1 else {}),

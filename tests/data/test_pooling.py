@@ -18,6 +18,11 @@ def codes(rows=7, tokens=6, k=5, d_sae=D_SAE, seed=0):
     return values, indices, counted
 
 
+def pooled(values, indices, counted, d_sae, pool):
+    """The pooled codes of the tokens that count, each row on its own."""
+    return pool_codes(values[counted], indices[counted], np.nonzero(counted)[0], len(counted), d_sae, pool)
+
+
 def dense(values, indices, counted, d_sae=D_SAE):
     """[b, t, f] with zeros where a token does not count."""
     out = np.zeros((*values.shape[:2], d_sae), np.float32)
@@ -45,14 +50,14 @@ EXPECTED = {
 @pytest.mark.parametrize("d_sae", [D_SAE, 1 << 20])
 def test_pooling_equals_the_loop(pool, d_sae):
     values, indices, counted = codes()
-    rows = pool_codes(values, indices, counted, d_sae, pool)
+    rows = pooled(values, indices, counted, d_sae, pool)
     np.testing.assert_allclose(as_dense(rows), EXPECTED[pool](dense(values, indices, counted)), rtol=1e-12)
 
 
 def test_wide_dictionaries_and_many_rows_take_the_slower_way_to_the_same_result():
     values, indices, counted = codes(rows=40)
-    fast = pool_codes(values, indices, counted, D_SAE, "max")
-    slow = pool_codes(values, indices, counted, 1 << 31, "max")
+    fast = pooled(values, indices, counted, D_SAE, "max")
+    slow = pooled(values, indices, counted, 1 << 31, "max")
     np.testing.assert_array_equal(fast.features, slow.features)
     np.testing.assert_array_equal(fast.values, slow.values)
 
@@ -60,7 +65,7 @@ def test_wide_dictionaries_and_many_rows_take_the_slower_way_to_the_same_result(
 def test_nothing_that_counts_gives_empty_rows():
     values, indices, counted = codes()
     for pool in EXPECTED:
-        rows = rank_rows(pool_codes(values, indices, np.zeros_like(counted), D_SAE, pool))
+        rows = rank_rows(pooled(values, indices, np.zeros_like(counted), D_SAE, pool))
         assert rows.offsets.tolist() == [0] * 8
 
 
@@ -74,9 +79,9 @@ def test_rows_are_ranked_by_falling_value_and_ties_by_feature():
 
 def test_top_minimum_and_allowed_features():
     values, indices, counted = codes()
-    whole = as_dense(rank_rows(pool_codes(values, indices, counted, D_SAE, "max")))
+    whole = as_dense(rank_rows(pooled(values, indices, counted, D_SAE, "max")))
     allowed = np.arange(D_SAE) % 2 == 0
-    rows = rank_rows(pool_codes(values, indices, counted, D_SAE, "max"), top=3, min_value=0.75, allowed=allowed)
+    rows = rank_rows(pooled(values, indices, counted, D_SAE, "max"), top=3, min_value=0.75, allowed=allowed)
     for row in range(len(whole)):
         chosen = [(-v, f) for f, v in enumerate(whole[row]) if v >= 0.75 and f % 2 == 0]
         expected = [f for _, f in sorted(chosen)[:3]]
@@ -86,7 +91,7 @@ def test_top_minimum_and_allowed_features():
 @pytest.mark.parametrize("pool", ["max", "count", "mean"])
 def test_windows_merge_into_their_documents(pool):
     values, indices, counted = codes()
-    rows = pool_codes(values, indices, counted, D_SAE, pool)
+    rows = pooled(values, indices, counted, D_SAE, pool)
     owner = np.array([0, 0, 1, 2, 2, 2, 3])
     whole = dense(values, indices, counted)
     expected = [EXPECTED[pool](whole[owner == d].reshape(1, -1, D_SAE))[0] for d in range(4)]
@@ -95,7 +100,7 @@ def test_windows_merge_into_their_documents(pool):
 
 def test_rows_can_be_reordered_and_joined():
     values, indices, counted = codes()
-    rows = pool_codes(values, indices, counted, D_SAE, "max")
+    rows = pooled(values, indices, counted, D_SAE, "max")
     order = np.random.default_rng(3).permutation(7)
     np.testing.assert_array_equal(as_dense(take_rows(rows, order)), as_dense(rows)[order])
     parts = [take_rows(rows, np.arange(3)), take_rows(rows, np.arange(3, 7))]

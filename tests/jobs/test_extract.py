@@ -170,6 +170,7 @@ def test_the_manifest_says_what_was_done_and_how(tiny_release, fifty, tmp_path):
     assert counts["truncated"] == sum(n > 32 for n in lengths) > 0
     assert counts["tokens"] == sum(min(n, 32) for n in lengths)
     assert counts["wasted_positions"] == pytest.approx(1 - counts["tokens"] / counts["positions"])
+    assert 0 < counts["sharing"] <= 50
     assert found["compilations"] == len({tuple(shape) for shape in found["shapes"]})
     assert set(found["store"]["model"]["files"]) == {"config.json", "model.safetensors"}
     assert all(len(digest) == 64 for digest in found["store"]["sae"]["files"].values())
