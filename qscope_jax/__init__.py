@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qscope_jax.backbone.cache import Cache as Cache
+    from qscope_jax.backbone.cache import init_cache as init_cache
     from qscope_jax.backbone.config import ModelConfig as ModelConfig
     from qscope_jax.backbone.forward import ForwardOutput as ForwardOutput
     from qscope_jax.backbone.forward import forward as forward
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from qscope_jax.backbone.weights import save_backbone as save_backbone
     from qscope_jax.data.store import FeatureStore as FeatureStore
     from qscope_jax.data.tokenizer import load_tokenizer as load_tokenizer
+    from qscope_jax.mesh import make_mesh as make_mesh
+    from qscope_jax.mesh import start_distributed as start_distributed
     from qscope_jax.sae.formats import load_sae as load_sae
     from qscope_jax.sae.formats import load_saes as load_saes
     from qscope_jax.sae.formats import save_sae as save_sae
@@ -32,11 +36,13 @@ if TYPE_CHECKING:
     from qscope_jax.taps import chain as chain
 
 _MODULES = {
+    "backbone.cache": ("Cache", "init_cache"),
     "backbone.config": ("ModelConfig",),
     "backbone.forward": ("ForwardOutput", "forward", "init_params"),
     "backbone.weights": ("Backbone", "load_backbone", "save_backbone"),
     "data.store": ("FeatureStore",),
     "data.tokenizer": ("load_tokenizer",),
+    "mesh": ("make_mesh", "start_distributed"),
     "sae.formats": ("load_sae", "load_saes", "save_sae"),
     "sae.model": (
         "Sae",

@@ -17,10 +17,10 @@ from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.context import BlockContext, check_segments, make_contexts
 from qscope_jax.backbone.layers import Block
 from qscope_jax.backbone.norms import rms_norm
+from qscope_jax.backbone.parameters import Params, parameter_shapes
 from qscope_jax.mesh import AnyMesh, constrain, mesh_of
 from qscope_jax.taps import Tap, TapContext, check_tap
 
-Params = dict[str, Any]
 LogitsMode = Literal["all", "last", "none"]
 Remat = Literal["full", "dots"]
 
@@ -61,7 +61,7 @@ def init_params(key: jax.Array, config: ModelConfig, *, dtype=jnp.float32) -> Pa
     }
     if not config.tie_word_embeddings:
         params["head"] = 0.02 * jax.random.normal(keys[-1], table)
-    return jax.tree.map(lambda a: a.astype(dtype), params)
+    return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), params, parameter_shapes(config, dtype))
 
 
 def forward(

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from qscope_jax.backbone.checkpoint import INDEX, SINGLE, CheckpointError, find_tensors
 from qscope_jax.backbone.config import ModelConfig, Precision, read_config
-from qscope_jax.backbone.forward import Params
+from qscope_jax.backbone.parameters import Params, empty_tree, parameter_shapes, parent_of
 from qscope_jax.backbone.tables import Piece, Tensor, checkpoint_tensors, to_stored
 from qscope_jax.files.atomic import write_json
 from qscope_jax.files.source import resolve
 from qscope_jax.files.tensors import TensorFile, write_order, write_tensors
-from qscope_jax.mesh import AnyMesh, finish_together, sharding, to_host
+from qscope_jax.mesh import finish_together, to_host
 
 __all__ = ["Backbone", "CheckpointError", "load_backbone", "parameter_shapes", "save_backbone"]
 
@@ -63,7 +63,7 @@ def load_backbone(
     config = read_config(place.fetch("config.json"), precision=_PRECISION[dtype])
     shapes = parameter_shapes(config, jnp.dtype(dtype), mesh=mesh, fsdp=fsdp)
     tensors, files = find_tensors(place, config)
-    params = _skeleton(config)
+    params = empty_tree(config)
     slabs = _slabs(tensors)
     for slab in tqdm(slabs, desc=f"loading {place.name}", unit=" tensors", disable=None, delay=2, leave=False):
         _put(params, slab, slab[0][1].leaf_of(shapes), files)
@@ -105,27 +105,6 @@ def save_backbone(backbone: Backbone, folder: str | Path, *, shard_bytes: int = 
     finish_together("the checkpoint is written")
 
 
-def parameter_shapes(
-    config: ModelConfig, dtype=jnp.bfloat16, *, mesh: AnyMesh | None = None, fsdp: bool = False
-) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s (with shardings if there is a mesh), without memory.
-
-    Raises:
-      MeshError: the mesh does not divide a dimension.
-    """
-    shapes = _skeleton(config)
-    for _, piece in (slab[0] for slab in _slabs(checkpoint_tensors(config))):
-        if piece.period not in (None, 0):
-            continue
-        lead = () if piece.period is None else (config.num_periods,)
-        experts = () if piece.expert is None or config.moe is None else (config.moe.num_experts,)
-        shape, axes = (*lead, *experts, *piece.shape), (*(None for _ in lead), *piece.row.axes)
-        place = None if mesh is None else sharding(axes, shape, mesh, fsdp=fsdp)
-        kind = jnp.float32 if piece.row.float32 else dtype
-        _parent(shapes, piece.leaf)[piece.leaf[-1]] = jax.ShapeDtypeStruct(shape, kind, sharding=place)
-    return shapes
-
-
 Slab = list[tuple[str, Piece]]
 
 
@@ -142,6 +121,8 @@ def _put(params: Params, slab: Slab, leaf: jax.ShapeDtypeStruct, files: Mapping[
     """Reads one layer's part of a leaf and writes it into its place."""
     piece = slab[0][1]
     views = [piece.view(files[name].array(name)) for name, piece in slab]
+    kinds = {view.dtype for view in views}
+    kind = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)  # experts in different dtypes meet in the widest
     turn, shape = piece.permutation, views[0].shape
     if piece.expert is not None:
         turn, shape = (0, *(1 + axis for axis in turn)), (len(views), *shape)
@@ -149,7 +130,7 @@ def _put(params: Params, slab: Slab, leaf: jax.ShapeDtypeStruct, files: Mapping[
     def read(index: Any) -> np.ndarray:
         if piece.expert is None:
             return views[0][index]
-        return np.stack([view[index[1:]] for view in views[index[0]]])
+        return np.stack([view[index[1:]].astype(kind, copy=False) for view in views[index[0]]])
 
     if isinstance(leaf.sharding, NamedSharding):
         spec = leaf.sharding.spec[0 if piece.period is None else 1 :]
@@ -157,7 +138,7 @@ def _put(params: Params, slab: Slab, leaf: jax.ShapeDtypeStruct, files: Mapping[
         value = jax.make_array_from_callback(shape, NamedSharding(leaf.sharding.mesh, stored), read)
     else:
         value = read((slice(None),) * len(shape))
-    parent, key = _parent(params, piece.leaf), piece.leaf[-1]
+    parent, key = parent_of(params, piece.leaf), piece.leaf[-1]
     if piece.period is None:
         parent[key] = _held(value, turn, leaf)
     else:
@@ -189,16 +170,6 @@ class _Stored:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         held = [to_host(piece.leaf_of(self._params)[piece.place]) for piece in self._tensor.pieces]
         return to_stored(self._tensor, held)
-
-
-def _skeleton(config: ModelConfig) -> Params:
-    return {"period": tuple({} for _ in config.period)}
-
-
-def _parent(params: Any, leaf: tuple[str | int, ...]) -> Any:
-    for key in leaf[:-1]:
-        params = params.setdefault(key, {}) if isinstance(params, dict) else params[key]
-    return params
 
 
 def _nbytes(params: Params, tensor: Tensor) -> int:

@@ -1,0 +1,48 @@
+"""The parameter tree: its leaves' shapes, dtypes and places on a mesh, as the table of tensors says.
+
+{"embed", "period": ({...} per slot, leaves lead with the period axis), "final_norm", "head" if it is not tied}
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.backbone.tables import checkpoint_tensors
+from qscope_jax.mesh import AnyMesh, sharding
+
+Params = dict[str, Any]
+
+
+def parameter_shapes(
+    config: ModelConfig, dtype=jnp.bfloat16, *, mesh: AnyMesh | None = None, fsdp: bool = False
+) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s (with shardings if there is a mesh), without memory.
+
+    Raises:
+      MeshError: the mesh does not divide a dimension.
+    """
+    shapes = empty_tree(config)
+    for piece in (piece for tensor in checkpoint_tensors(config) for piece in tensor.pieces):
+        if any(piece.place):
+            continue  # a later period or expert of the same leaf
+        lead = () if piece.period is None else (config.num_periods,)
+        experts = () if piece.expert is None or config.moe is None else (config.moe.num_experts,)
+        shape, axes = (*lead, *experts, *piece.shape), (*(None for _ in lead), *piece.row.axes)
+        place = None if mesh is None else sharding(axes, shape, mesh, fsdp=fsdp)
+        kind = jnp.float32 if piece.row.float32 else dtype
+        parent_of(shapes, piece.leaf)[piece.leaf[-1]] = jax.ShapeDtypeStruct(shape, kind, sharding=place)
+    return shapes
+
+
+def empty_tree(config: ModelConfig) -> Params:
+    """The tree without its leaves."""
+    return {"period": tuple({} for _ in config.period)}
+
+
+def parent_of(params: Any, leaf: tuple[str | int, ...]) -> Any:
+    """The dictionary that holds a leaf, made on the way if need be."""
+    for key in leaf[:-1]:
+        params = params.setdefault(key, {}) if isinstance(params, dict) else params[key]
+    return params
