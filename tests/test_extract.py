@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.backbone.weights import Backbone, load_backbone, parameter_shapes
 from qscope_jax.data import batches
 from qscope_jax.data.batches import Buckets, cut_documents, plan_batches
 from qscope_jax.extract import check_sae, extract_documents, feed_batches, make_extract_step, measure_sinks, stream
-from qscope_jax.mesh import make_mesh
+from qscope_jax.mesh import make_mesh, sharding
 from qscope_jax.sae.formats import load_saes
-from qscope_jax.sae.model import SaeConfig, encode
+from qscope_jax.sae.model import AXES, SaeConfig, SaeParams, encode, init_sae
+from tests.backbone.families import VOCAB, make_config, make_params
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 LENGTHS = (5, 30, 1, 5, 14, 30, 14)
@@ -76,27 +77,46 @@ def test_batches_of_any_composition_give_what_each_document_gives_alone(
             np.testing.assert_allclose(codes.norms[layer], expected[layer][1], rtol=1e-4)
 
 
+def assert_codes_of_one_device(backbone, saes, spread, sharded, documents):
+    """Values equal up to rounding, and so do indices where the k-th value is clear of the next."""
+    step = make_extract_step(backbone.config, tuple(saes))
+    found = extract_documents(spread, sharded, documents, batch_tokens=64, max_length=64, step=step)
+    assert step.compilations == len(set(step.shapes))
+    # One more latent tells what the next value is.
+    more = {n: sae._replace(config=dataclasses.replace(sae.config, k=sae.config.k + 1)) for n, sae in saes.items()}
+    expected = extract_documents(backbone, more, documents, batch_tokens=64, max_length=64)
+    clear = []
+    for a, b in itertools.product(range(len(documents)), saes):
+        np.testing.assert_allclose(found[a].norms[b], expected[a].norms[b], rtol=1e-5)
+        one, other = found[a].codes[b], expected[a].codes[b]
+        np.testing.assert_allclose(one.values, other.values[:, :-1], rtol=1e-4, atol=1e-5)
+        clear.append(other.values[:, -2] - other.values[:, -1] > 1e-4)
+        chosen, wanted = (np.sort(indices[clear[-1]], axis=1) for indices in (one.indices, other.indices[:, :-1]))
+        np.testing.assert_array_equal(chosen, wanted)
+    assert np.concatenate(clear).mean() > 0.95
+
+
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 2)], ids=str)
 def test_a_mesh_gives_the_codes_of_one_device(tiny_release, backbone, saes, documents, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     spread = load_backbone(tiny_release / "model", dtype="float32", mesh=mesh)
     sharded = load_saes(tiny_release / "sae", (0, 1), mesh=mesh)
-    step = make_extract_step(backbone.config, (0, 1))
-    documents = documents * 4
-    found = extract_documents(spread, sharded, documents, batch_tokens=64, max_length=64, step=step)
-    assert step.compilations == len(set(step.shapes))
-    # One more latent tells where the k-th is clear of the next.
-    more = {n: sae._replace(config=dataclasses.replace(sae.config, k=5)) for n, sae in saes.items()}
-    expected = extract_documents(backbone, more, documents, batch_tokens=64, max_length=64)
-    clear = []
-    for a, b in itertools.product(range(len(documents)), (0, 1)):
-        np.testing.assert_allclose(found[a].norms[b], expected[a].norms[b], rtol=1e-5)
-        one, five = found[a].codes[b], expected[a].codes[b]
-        np.testing.assert_allclose(one.values, five.values[:, :4], rtol=1e-4, atol=1e-5)
-        clear.append(five.values[:, 3] - five.values[:, 4] > 1e-4)
-        chosen, wanted = (np.sort(code.indices[clear[-1], :4], axis=1) for code in (one, five))
-        np.testing.assert_array_equal(chosen, wanted)
-    assert np.concatenate(clear).mean() > 0.95
+    assert_codes_of_one_device(backbone, saes, spread, sharded, documents * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe"])
+def test_experts_and_delta_rule_on_a_mesh_give_the_codes_of_one_device(family):
+    config, mesh = make_config(family, num_hidden_layers=4), make_mesh(4, 2)
+    backbone = Backbone(config, make_params(config))
+    sae = init_sae(jax.random.key(0), SaeConfig(config.hidden_size, 64, k=4))
+    places = jax.tree.map(lambda leaf: leaf.sharding, parameter_shapes(config, mesh=mesh))
+    spread = Backbone(config, jax.device_put(backbone.params, places))
+    weights = (jax.device_put(a, sharding(AXES[n], a.shape, mesh)) for n, a in sae.params._asdict().items())
+    sharded = sae._replace(params=SaeParams(*weights))
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(0, VOCAB, n).astype(np.uint32) for n in (*LENGTHS, 64, 60)]
+    assert_codes_of_one_device(backbone, {3: sae}, spread, {3: sharded}, documents)
 
 
 def test_codes_are_sorted_and_never_negative(backbone, saes, documents):
