@@ -42,8 +42,7 @@ def _place(w, within) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(precision, x, w, within, group_sizes):
-    # What a loop over layers gives each turn is kept once per layer: w only where nothing else holds it.
-    return _grouped_matmul(precision, x, w, within, group_sizes), (x, None if within else w, within, group_sizes)
+    return _grouped_matmul(precision, x, w, within, group_sizes), (x, w, within, group_sizes)
 
 
 def _backward(precision, saved, dy):
