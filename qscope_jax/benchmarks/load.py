@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qscope_jax.backbone.forward import init_params
 from qscope_jax.backbone.weights import Backbone, save_backbone
-from qscope_jax.benchmarks.shapes import qwen3_1p7b
+from qscope_jax.benchmarks.shapes import qwen3_1p7b, random_params
 from qscope_jax.sae.formats import save_sae
 from qscope_jax.sae.model import SaeConfig, init_sae
 
@@ -47,8 +46,8 @@ def bench_load() -> dict[str, Any]:
     """
     result: dict[str, Any] = {"what": "peak anonymous bytes while loading / bytes of the arrays"}
     with tempfile.TemporaryDirectory() as folder:
-        config = qwen3_1p7b(4, "default")
-        params = init_params(jax.random.key(0), config, dtype=jnp.bfloat16)
+        config = qwen3_1p7b(4)
+        params = random_params(config, dtype=jnp.bfloat16)
         save_backbone(Backbone(config, params), Path(folder, "model"))
         sae = init_sae(jax.random.key(1), SaeConfig(d_model=2048, d_sae=32_768, k=50, layer=0))
         places = {"backbone": Path(folder, "model"), "sae": save_sae(sae, Path(folder, "sae"), format="qwen-scope")}

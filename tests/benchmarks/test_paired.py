@@ -29,7 +29,7 @@ def test_the_spread_of_a_against_itself_says_what_the_ratio_can_show(monkeypatch
 
 def test_the_comparison_with_transformers_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match="--what extract load"):
+    with pytest.raises(ValueError, match="--what prefill moe compile extract load"):
         forward.bench_forward(rounds=1)
 
 
