@@ -21,7 +21,7 @@ from qscope_jax.backbone.config import ModelConfig, Precision, read_config
 from qscope_jax.backbone.parameters import Params, empty_tree, parameter_shapes, parent_of
 from qscope_jax.backbone.tables import Piece, Tensor, checkpoint_tensors, to_stored
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.source import resolve
+from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import TensorFile, write_order, write_tensors
 from qscope_jax.mesh import finish_together, to_host
 
@@ -38,12 +38,12 @@ class Backbone(NamedTuple):
 
 
 def load_backbone(
-    source: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, fsdp: bool = False
+    source: str | Path | Source, *, dtype: str = "bfloat16", mesh: Mesh | None = None, fsdp: bool = False
 ) -> Backbone:
     """Loads a checkpoint of any of the four families, in any dialect that the releases or `transformers` use.
 
     Args:
-      source: "demo", a folder, a hub id `owner/name[@revision]`, or a remote folder.
+      source: "demo", a folder, a hub id `owner/name[@revision]`, a remote folder, or what `resolve` made of one.
       dtype: "float32" is the parity mode (every matmul at full precision), "bfloat16" the fast mode; the decay rates
         and output norms of linear layers are float32 in both.
       mesh: from `make_mesh`; heads, MLPs, experts and vocabulary are split over "model". None: one device.
@@ -59,7 +59,7 @@ def load_backbone(
         raise ValueError(f"dtype = {dtype!r}; expected 'float32' (parity) or 'bfloat16' (fast)")
     if fsdp and mesh is None:
         raise ValueError("fsdp=True splits weights over a mesh; give one: load_backbone(..., mesh=make_mesh())")
-    place = resolve(source, what="model")
+    place = source if isinstance(source, Source) else resolve(source, what="model")
     config = read_config(place.fetch("config.json"), precision=_PRECISION[dtype])
     shapes = parameter_shapes(config, jnp.dtype(dtype), mesh=mesh, fsdp=fsdp)
     tensors, files = find_tensors(place, config)

@@ -298,7 +298,7 @@ def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
 
 def _load(config: Config, sources: Sources) -> Loaded:
     dtype, contract = _ARITHMETIC[config.precision]
-    backbone = load_backbone(config.model, dtype=dtype, mesh=sources.mesh)
+    backbone = load_backbone(sources.model, dtype=dtype, mesh=sources.mesh)
     options: Any = {"k": config.k, "dtype": dtype, "mesh": sources.mesh}
     saes = tuple(_encoder(load_sae(sources.sae, layer, **options)) for layer in sources.shapes)
     for path, stamp in sources.stamps.items():
