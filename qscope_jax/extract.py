@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.forward import Params, forward
+from qscope_jax.backbone.forward import Params, check_tokens, forward
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Batch, Buckets, Filled, Segments, cut_documents, fill_batch, plan_batches
 from qscope_jax.mesh import mesh_of
@@ -188,8 +188,7 @@ def extract_documents(
         return []
     step = step or make_extract_step(backbone.config, tuple(saes))
     segments = cut_documents(documents, max_length, long=long)
-    if segments.tokens.max(initial=0) >= backbone.config.vocab_size:
-        raise ValueError(f"token {segments.tokens.max()}, but the model has rows for {backbone.config.vocab_size} ids")
+    check_tokens(segments.tokens, backbone.config)
     pieces: dict[int, HostOutput] = {}
     mesh = mesh_of(backbone.params["embed"])
     buckets = Buckets(batch_tokens, max_length, multiple=1 if mesh is None else mesh.shape["data"])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -93,8 +94,8 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *,
 
 
 def constrain(array: jax.Array, *axes: str | None, mesh: AnyMesh | None) -> jax.Array:
-    """Lays an array out by its logical axes; a no-op without a mesh."""
-    if mesh is None:
+    """Lays an array out by its logical axes; a no-op without a mesh, and outside `jit` for an array that is on none."""
+    if mesh is None or (not isinstance(array, Tracer) and not isinstance(array.sharding, NamedSharding)):
         return array
     return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import Backbone, load_backbone, parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
+from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.data import batches
 from qscope_jax.data.batches import Buckets, cut_documents, plan_batches
 from qscope_jax.extract import check_sae, extract_documents, feed_batches, make_extract_step, measure_sinks, stream
@@ -177,7 +178,7 @@ def test_layers_and_widths_that_do_not_fit_are_refused(backbone, saes, documents
         check_sae(backbone.config, 0, SaeConfig(d_model=8, d_sae=32, k=2))
     with pytest.raises(ValueError, match="an SAE of layer 7"):
         check_sae(backbone.config, 7, SaeConfig(d_model=16, d_sae=32, k=2))
-    with pytest.raises(ValueError, match="token 320"):
+    with pytest.raises(ValueError, match="token id 320 lies outside"):
         extract_documents(backbone, saes, [np.array([320], np.uint32)], max_length=64)
     with pytest.raises(ValueError, match="expected 1 to 64"):
         extract_documents(backbone, saes, [np.zeros(0, np.uint32)], max_length=64)

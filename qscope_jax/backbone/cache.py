@@ -57,22 +57,21 @@ class Cache(NamedTuple):
         return self.segments.shape[1]
 
 
-def init_cache(
-    config: ModelConfig, batch: int, capacity: int, *, dtype=jnp.bfloat16, mesh: AnyMesh | None = None
-) -> Cache:
+def init_cache(config: ModelConfig, batch: int, capacity: int, *, dtype=None, mesh: AnyMesh | None = None) -> Cache:
     """An empty cache for `batch` rows of at most `capacity` columns, pads included.
 
     Args:
       config: the model.
       batch: rows b.
       capacity: columns s; `forward` refuses to go beyond it.
-      dtype: of keys, values and convolution inputs: that of the parameters.
+      dtype: of keys, values and convolution inputs; by default float32 in parity mode, else bfloat16.
       mesh: spreads rows over "data" and heads over "model".
 
     Raises:
       ValueError: a size below one.
       MeshError: the mesh does not divide the rows or the heads.
     """
+    dtype = dtype or (jnp.float32 if config.precision == "highest" else jnp.bfloat16)
     if batch < 1 or capacity < 1:
         raise ValueError(f"a cache of {batch} rows and {capacity} columns; both must be at least 1")
 

@@ -17,13 +17,17 @@ from qscope_jax.taps import TapContext
 
 
 class BlockContext(NamedTuple):
-    """Columns s are those of this call, or of the cache's whole capacity if there is one; u = conv_width - 1."""
+    """Columns s are those of this call, or of the cache's whole capacity if there is one; u = conv_width - 1.
+
+    A row is not sound if linear layers cannot run it: the convolution counts columns, so that a segment has no gaps.
+    """
 
     cos: Float[Array, "b t r"]
     sin: Float[Array, "b t r"]
     mask: Bool[Array, "b t"]
     segments: Int[Array, "b t"]
     reset: Bool[Array, "b t"]
+    sound: Bool[Array, "b"]
     start: Int[Array, ""]
     key_segments: Int[Array, "b s"]
     conv: "ConvContext | None"
@@ -43,7 +47,8 @@ def make_contexts(
     """The contexts of the blocks and the tap, and the cache with this call's tokens entered (not yet their layers)."""
     real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     ids = _segment_ids(tokens, segment_ids, cache)
-    segments, reset = _ordinals(ids, real, cache)
+    segments, reset, gaps = _ordinals(ids, real, cache)
+    sound = jnp.ones(tokens.shape[:1], bool) if config.linear is None else ~jnp.any(gaps, axis=1)
     if positions is None:
         positions = _running_positions(segments, real, cache)
     cos, sin = rope_tables(positions, config, dtype)
@@ -53,29 +58,43 @@ def make_contexts(
         start = cache.length
         keys = jax.lax.dynamic_update_slice(cache.segments, own, (jnp.zeros((), start.dtype), start))
     conv = None if config.linear is None else _conv_context(own, cache, config.linear.conv_width - 1)
-    block = BlockContext(cos, sin, real, segments, reset, start, keys, conv)
+    block = BlockContext(cos, sin, real, segments, reset, sound, start, keys, conv)
     if cache is not None:
         cache = _enter(cache, block, ids, positions)
     return block, TapContext(positions, real, segments), cache
 
 
-def check_segments(segment_ids, mask=None) -> None:
+def check_rows(segment_ids, mask, cache: Cache | None, *, gaps: bool) -> None:
     """Refuses segment ids that go backwards along the real tokens of a row: two documents were joined wrongly.
+
+    Unless `gaps` are allowed, also pads inside a segment.
 
     Raises:
       ValueError: the first such place.
     """
-    ids = np.asarray(segment_ids)
-    real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-    for row in range(len(ids)):
+    given, ids, real = segment_ids is not None, np.asarray(segment_ids), np.asarray(mask, bool)
+    for row in range(len(real)):
         columns = np.flatnonzero(real[row])
-        back = np.flatnonzero(np.diff(ids[row, columns]) < 0)
-        if back.size:
-            before, here = columns[back[0]], columns[back[0] + 1]
+        here = ids[row, columns] if given else np.zeros(len(columns), int)
+        before = cache.last_segment[row] if given and cache is not None and cache.ordinal[row] >= 0 else None
+        if before is not None and len(columns) and here[0] < before:
             raise ValueError(
-                f"segment_ids go backwards in row {row}: {ids[row, before]} at column {before}, {ids[row, here]} at "
-                f"column {here}; number the documents of a row in the order in which they stand"
+                f"segment_ids go backwards in row {row}: {before} at the end of the cache, {here[0]} at column "
+                f"{columns[0]}; {_ORDER}"
             )
+        for i in np.flatnonzero(np.diff(here) < 0)[:1]:
+            raise ValueError(
+                f"segment_ids go backwards in row {row}: {here[i]} at column {columns[i]}, {here[i + 1]} at column "
+                f"{columns[i + 1]}; {_ORDER}"
+            )
+        for i in np.flatnonzero((np.diff(columns) > 1) & (np.diff(here) == 0))[:1] if not gaps else ():
+            raise ValueError(
+                f"mask has pads inside a segment of row {row}, behind column {columns[i]}; linear layers need the tokens "
+                "of a segment side by side: pads stand at the ends of a row and between segments"
+            )
+
+
+_ORDER = "number the documents of a row in the order in which they stand"
 
 
 def rope_tables(positions: Int[Array, "b t"], config: ModelConfig, dtype) -> tuple[jax.Array, jax.Array]:
@@ -101,18 +120,20 @@ def _segment_ids(tokens, segment_ids, cache: Cache | None):
 
 
 def _ordinals(ids, real, cache: Cache | None):
-    """Numbers the segments of each row in order, and marks the real tokens that begin one (but the row's first)."""
+    """Numbers the segments of each row in order; marks the real tokens that begin one (but the row's first), and those
+    behind pads inside one."""
     columns = jnp.arange(real.shape[1])
     last_real = jax.lax.cummax(jnp.where(real, columns, -1), axis=1)
     previous = jnp.pad(last_real, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     before = jnp.take_along_axis(ids, jnp.maximum(previous, 0), axis=1)
+    gaps = real & (previous >= 0) & (previous < columns - 1) & (ids == before)
     known, base = previous >= 0, 0
     if cache is not None:
         before = jnp.where(known, before, cache.last_segment[:, None])
         known |= (cache.ordinal >= 0)[:, None]
         base = jnp.maximum(cache.ordinal, 0)[:, None]
     reset = real & known & (ids != before)
-    return base + jnp.cumsum(reset, axis=1, dtype=jnp.int32), reset
+    return base + jnp.cumsum(reset, axis=1, dtype=jnp.int32), reset, gaps
 
 
 def _running_positions(segments, real, cache: Cache | None):

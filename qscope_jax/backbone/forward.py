@@ -12,9 +12,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.backbone.cache import Cache, check_room
+from qscope_jax.backbone.cache import Cache, check_room, init_cache
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.context import BlockContext, check_segments, make_contexts
+from qscope_jax.backbone.context import BlockContext, check_rows, make_contexts
 from qscope_jax.backbone.layers import Block
 from qscope_jax.backbone.norms import rms_norm
 from qscope_jax.backbone.parameters import Params, parameter_shapes
@@ -86,7 +86,7 @@ def forward(
       config: static constants; `config.precision` is the precision of every matmul.
       tokens: ids [b, t]; ids outside the vocabulary must be refused before (see `check_tokens`).
       mask: True where a token is real; pads may stand left, right and between segments. Outputs at pads are finite and
-        meaningless.
+        meaningless. Linear layers cannot skip pads inside a segment: an error, or where `jit` hides them, NaN.
       positions: rotary positions; by default the running count of real tokens in each segment.
       segment_ids: documents packed in a row, their ids never going backwards; attention, convolution and recurrent
         state begin anew where the id changes. Without ids a row is one segment, or goes on with that of the cache.
@@ -95,7 +95,7 @@ def forward(
       tap: looks at or changes the residual stream after every layer.
       capture: 0-based layers whose raw output (before the final norm, after the tap) is returned in `captured`. For
         gradients prefer small tap outputs: the buffer is kept once per layer by the backward pass.
-      logits: all positions, each row's last real token, or none.
+      logits: all positions, each row's last real token (NaN for a row of pads), or none.
       stop_after: run layers 0..stop_after alone; then `hidden` and `logits` are None.
       remat: recompute each period in the backward pass: "full", or "dots" to keep matmul results.
 
@@ -113,6 +113,8 @@ def forward(
     if entered is not None:
         slots = entered.slots
         h = jnp.where(entered.length > entered.capacity, jnp.nan, h)
+    if config.hybrid:
+        h = jnp.where(ctx.sound[:, None, None], h, jnp.nan)
     run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, _experts(params["period"], mesh))
     h, captured, slots, outs = _run_layers(run, params["period"], h, slots, capture, depth, remat)
     cache = None if entered is None else entered._replace(slots=slots)
@@ -223,15 +225,24 @@ def _logits(hidden, head, mask, config, mode: LogitsMode):
     if mode == "last":
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        hidden = jnp.where(jnp.any(mask, axis=1)[:, None], hidden, jnp.nan)
     return jnp.einsum("...d,vd->...v", hidden, head, precision=config.precision)
 
 
 def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache) -> int:
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [b, t], found {tokens.dtype} {tuple(tokens.shape)}")
+    if 0 in tokens.shape:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; there is nothing to run")
     for name, array in (("mask", mask), ("positions", positions), ("segment_ids", segment_ids)):
-        if array is not None and array.shape != tokens.shape:
-            raise ValueError(f"{name} has shape {tuple(array.shape)}, tokens have {tuple(tokens.shape)}")
+        if array is not None and jnp.shape(array) != tokens.shape:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}, tokens have {tuple(tokens.shape)}")
+        if array is not None and not (
+            jnp.issubdtype(array.dtype, jnp.integer) or (name == "mask" and array.dtype == bool)
+        ):
+            raise ValueError(
+                f"{name} holds {array.dtype}; expected {'True and False' if name == 'mask' else 'integers'}"
+            )
     if logits not in ("all", "last", "none"):
         raise ValueError(f"logits = {logits!r}; expected 'all', 'last' or 'none'")
     if remat is not None and remat not in _REMAT_POLICIES:
@@ -243,16 +254,20 @@ def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positi
         raise ValueError(f"capture = {capture} must be different layers among 0..{depth - 1}, those that run")
     if tap is not None:
         check_tap(tap, config.num_layers)
-    if segment_ids is not None and not isinstance(segment_ids, Tracer):
-        check_segments(segment_ids, None if isinstance(mask, Tracer) else mask)
     if cache is not None:
-        _check_cache(cache, tokens, stop_after)
+        _check_cache(cache, config, tokens, stop_after)
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((mask, segment_ids, cache))):
+        real = np.ones(tokens.shape, bool) if mask is None else mask
+        check_rows(segment_ids, real, cache, gaps=not config.hybrid)
     return depth
 
 
-def _check_cache(cache: Cache, tokens, stop_after) -> None:
+def _check_cache(cache: Cache, config, tokens, stop_after) -> None:
     if stop_after is not None:
         raise ValueError("stop_after leaves the layers behind it without these tokens; it takes no cache")
     if cache.segments.shape[0] != tokens.shape[0]:
         raise ValueError(f"the cache has {cache.segments.shape[0]} rows, tokens have {tokens.shape[0]}")
+    expected = jax.eval_shape(lambda: init_cache(config, tokens.shape[0], cache.capacity))
+    if jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, expected):
+        raise ValueError("the cache was made for another model; make it with init_cache(config, ...) of this one")
     check_room(cache, tokens.shape[1])

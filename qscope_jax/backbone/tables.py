@@ -186,11 +186,6 @@ def checkpoint_tensors(config: ModelConfig, dialect: Dialect | None = None) -> l
     return found
 
 
-def leaf_axes(piece: Piece) -> tuple[str | None, ...]:
-    """The logical axes of the whole leaf: periods, then those of its row."""
-    return ((None,) if piece.period is not None else ()) + piece.row.axes
-
-
 def _layer_rows(config: ModelConfig, kind: LayerKind, dialect: Dialect) -> tuple[Row, ...]:
     rows = (*_NORMS, *_MIXER[kind])
     if config.moe is None:

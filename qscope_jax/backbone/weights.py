@@ -25,7 +25,7 @@ from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import TensorFile, write_order, write_tensors
 from qscope_jax.mesh import finish_together, to_host
 
-__all__ = ["Backbone", "CheckpointError", "load_backbone", "parameter_shapes", "save_backbone"]
+__all__ = ["Backbone", "CheckpointError", "load_backbone", "save_backbone"]
 
 _PRECISION: dict[str, Precision] = {"float32": "highest", "bfloat16": "default"}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.benchmarks.paired import paired
 from qscope_jax.benchmarks.shapes import qwen3_5_2b
 

@@ -16,7 +16,8 @@ import tyro
 from jax.sharding import Mesh
 
 from qscope_jax.backbone.config import ModelConfig, read_config
-from qscope_jax.backbone.weights import load_backbone, parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
+from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data import store_files as files
 from qscope_jax.data.assemble import read_features
 from qscope_jax.data.batches import PLAN

@@ -14,7 +14,7 @@ import pytest
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.mesh import sharding
 
 pytestmark = pytest.mark.aot

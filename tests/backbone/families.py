@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 
 VOCAB = 50
 _SIZES = {

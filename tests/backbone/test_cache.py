@@ -4,6 +4,7 @@ A causal model gives the first n tokens of a row the same outputs whatever follo
 without a cache is what all pieces are held against.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from qscope_jax.backbone.cache import FullSlot, LinearSlot, init_cache
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.taps import Tap
 from tests.backbone.families import FAMILIES, QUICK, VOCAB, make_config, make_params, relative_l2, tokens_of
 
@@ -201,6 +202,16 @@ def test_a_donated_cache_is_never_copied(family):
     assert memory.temp_size_in_bytes < 1.5 * size / config.num_periods < size / 4
 
 
+def test_a_row_that_ended_in_an_earlier_call_has_no_last_logits_in_this_one():
+    model, mask = _model("qwen3"), np.ones((2, 6), bool)
+    mask[0, 2:] = False
+    go = functools.partial(forward, model.params, model.config, logits="last")
+    cache = go(TOKENS[:, :3], mask=mask[:, :3], cache=init_cache(model.config, 2, 6)).cache
+    logits = go(TOKENS[:, 3:6], mask=mask[:, 3:], cache=cache).logits
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
+
+
 def test_an_empty_cache_has_the_widths_of_the_family():
     config = make_config("qwen3_5")
     cache = init_cache(config, 3, 5)
@@ -211,7 +222,9 @@ def test_an_empty_cache_has_the_widths_of_the_family():
     assert isinstance(full, FullSlot)
     assert (linear.q.shape, linear.v.shape) == ((2, 3, 3, 2, 6), (2, 3, 3, 6, 10))
     assert (linear.state.shape, full.k.shape) == ((2, 3, 6, 6, 10), (2, 3, 5, 2, 8))
-    assert {full.k.dtype, full.v.dtype, linear.q.dtype, linear.v.dtype} == {jnp.dtype("bfloat16")}
+    assert {full.k.dtype, full.v.dtype, linear.q.dtype, linear.v.dtype} == {jnp.dtype("float32")}
+    fast = init_cache(dataclasses.replace(config, precision="default"), 3, 5).slots[3]
+    assert {fast.k.dtype, fast.v.dtype} == {jnp.dtype("bfloat16")}
     assert len(init_cache(make_config("qwen3"), 3, 5).slots) == 1
 
 
@@ -233,5 +246,7 @@ def test_a_cache_that_does_not_fit_is_refused_by_name():
         jax.eval_shape(lambda c: go(TOKENS[:, :9], cache=c), cache)
     with pytest.raises(ValueError, match="the cache has 2 rows, tokens have 1"):
         go(TOKENS[:1, :3], cache=cache)
+    with pytest.raises(ValueError, match="the cache was made for another model"):
+        go(TOKENS[:, :3], cache=init_cache(make_config("qwen3", num_key_value_heads=1), 2, 8))
     with pytest.raises(ValueError, match="stop_after leaves the layers behind it without these tokens"):
         go(TOKENS[:, :3], cache=cache, stop_after=2)

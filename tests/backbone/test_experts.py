@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from qscope_jax.backbone.experts import _experts_here, expert_mlp, route
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.mesh import make_mesh
 from tests.backbone.families import QUICK, make_config
 

@@ -11,7 +11,7 @@ import pytest
 from qscope_jax.backbone import layers
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import check_tokens, forward, init_params
-from qscope_jax.backbone.weights import parameter_shapes
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.taps import Tap
 
 T = 12
@@ -259,6 +259,8 @@ def test_init_gives_the_tree_that_loading_gives(config):
         ({"mask": np.ones((2, 3), bool)}, r"mask has shape \(2, 3\), tokens have \(2, 12\)"),
         ({"positions": np.ones((2, 13), int)}, "positions has shape"),
         ({"segment_ids": np.ones((1, 12), int)}, "segment_ids has shape"),
+        ({"segment_ids": np.ones((2, 12))}, "segment_ids holds float64; expected integers"),
+        ({"mask": np.zeros((2, 12), np.float32)}, "mask holds float32; expected True and False"),
     ],
 )
 def test_options_that_do_not_fit_are_named(params, config, options, message):

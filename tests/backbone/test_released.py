@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.backbone.tables import Dialect, checkpoint_tensors
-from qscope_jax.backbone.weights import parameter_shapes
 
 RELEASED = json.loads((Path(__file__).parents[1] / "goldens" / "released.json").read_text())
 

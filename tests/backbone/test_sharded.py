@@ -10,9 +10,10 @@ import pytest
 
 from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.forward import forward
-from qscope_jax.backbone.weights import Backbone, load_backbone, parameter_shapes, save_backbone
+from qscope_jax.backbone.parameters import parameter_shapes
+from qscope_jax.backbone.weights import Backbone, load_backbone, save_backbone
 from qscope_jax.mesh import MeshError, make_mesh, sharding
-from tests.backbone.families import FAMILIES, make_config, make_params, relative_l2, tokens_of
+from tests.backbone.families import FAMILIES, QUICK, make_config, make_params, relative_l2, tokens_of
 
 SIZES = {
     "vocab_size": 56, "num_attention_heads": 8, "num_key_value_heads": 4, "linear_num_key_heads": 4,
@@ -20,7 +21,6 @@ SIZES = {
 }  # fmt: skip
 ROWS, T = 4, 33
 LIMITS = {"forward": 1e-5, "gradient": 1e-4}  # those against transformers
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile
 
 
 def config_of(family, **changes):
@@ -101,6 +101,25 @@ def test_more_devices_than_shared_heads(mesh):
     backbone = make_backbone(config)
     expected = jax.jit(run)(backbone.params, config, *batch())
     found = jax.jit(run)(place(backbone, mesh), config, *batch(mesh))
+    assert relative_l2(found.logits[batch()[1]], expected.logits[batch()[1]]) < 1e-5
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_experts_read_in_place_on_a_mesh_of_experts(step):
+    config, mesh = config_of("qwen3_moe"), make_mesh(1, 8)
+    backbone = make_backbone(config)
+    expected = jax.jit(STEPS[step], compiler_options=QUICK)(backbone.params, config, *batch())
+    found = jax.jit(STEPS[step], compiler_options=QUICK)(place(backbone, mesh), config, *batch(mesh))
+    if step == "forward":
+        expected, found = expected.logits[batch()[1]], found.logits[batch()[1]]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_l2(a, b) < LIMITS[step]
+
+
+def test_a_mesh_needs_no_jit(mesh):
+    backbone = make_backbone(config_of("qwen3_moe"))
+    expected = jax.jit(run)(backbone.params, backbone.config, *batch())
+    found = run(place(backbone, mesh), backbone.config, *batch(mesh))
     assert relative_l2(found.logits[batch()[1]], expected.logits[batch()[1]]) < 1e-5
 
 
