@@ -24,7 +24,7 @@ def compare_experts(few: ModelConfig, many: ModelConfig, tokens: int, *, rounds:
     """Ratios of time(many) to time(few) for forward and gradient (in weights and input) of one layer's experts on
     `tokens` tokens, and for the forward pass of a single one; beside each the bytes that it needs for a while."""
     cases = [_cases(config, tokens) for config in (few, many)]
-    pairs = {"forward": rounds, "gradient": max(5, rounds // 4), "decode": 5 * rounds}
+    pairs = {"forward": rounds, "gradient": rounds, "decode": 5 * rounds}
     result = {}
     for name, count in pairs.items():
         a, b = (case[name] for case in cases)
