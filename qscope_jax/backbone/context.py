@@ -89,8 +89,8 @@ def check_rows(segment_ids, mask, cache: Cache | None, *, gaps: bool) -> None:
             )
         for i in np.flatnonzero((np.diff(columns) > 1) & (np.diff(here) == 0))[:1] if not gaps else ():
             raise ValueError(
-                f"mask has pads inside a segment of row {row}, behind column {columns[i]}; linear layers need the tokens "
-                "of a segment side by side: pads stand at the ends of a row and between segments"
+                f"mask has pads inside a segment of row {row}, behind column {columns[i]}; linear layers need "
+                "the tokens of a segment side by side: pads stand at the ends of a row and between segments"
             )
 
 

@@ -237,12 +237,10 @@ def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positi
     for name, array in (("mask", mask), ("positions", positions), ("segment_ids", segment_ids)):
         if array is not None and jnp.shape(array) != tokens.shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}, tokens have {tuple(tokens.shape)}")
-        if array is not None and not (
-            jnp.issubdtype(array.dtype, jnp.integer) or (name == "mask" and array.dtype == bool)
-        ):
-            raise ValueError(
-                f"{name} holds {array.dtype}; expected {'True and False' if name == 'mask' else 'integers'}"
-            )
+        kinds = (jnp.integer, jnp.bool_) if name == "mask" else (jnp.integer,)
+        if array is not None and not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+            wanted = "True and False" if name == "mask" else "integers"
+            raise ValueError(f"{name} holds {array.dtype}; expected {wanted}")
     if logits not in ("all", "last", "none"):
         raise ValueError(f"logits = {logits!r}; expected 'all', 'last' or 'none'")
     if remat is not None and remat not in _REMAT_POLICIES:
