@@ -95,9 +95,12 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *,
 
 def constrain(array: jax.Array, *axes: str | None, mesh: AnyMesh | None) -> jax.Array:
     """Lays an array out by its logical axes; a no-op without a mesh, and outside `jit` for an array that is on none."""
-    if mesh is None or (not isinstance(array, Tracer) and not isinstance(array.sharding, NamedSharding)):
+    if mesh is None:
         return array
-    return jax.lax.with_sharding_constraint(array, sharding(axes, array.shape, mesh))
+    place = sharding(axes, array.shape, mesh)
+    if not isinstance(array, Tracer) and not isinstance(array.sharding, NamedSharding):
+        return array
+    return jax.lax.with_sharding_constraint(array, place)
 
 
 def to_host(array: Any) -> np.ndarray:
