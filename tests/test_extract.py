@@ -62,6 +62,7 @@ def assert_same_codes(found, expected):
     assert differ[..., 0].sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_tokens", "shared"), [(64, ()), (256, ()), (64, (64,)), (256, (64,)), (256, (128,))])
 def test_batches_of_any_composition_give_what_each_document_gives_alone(
     backbone, saes, documents, alone, monkeypatch, batch_tokens, shared
@@ -97,6 +98,7 @@ def assert_codes_of_one_device(backbone, saes, spread, sharded, documents):
     assert np.concatenate(clear).mean() > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 2)], ids=str)
 def test_a_mesh_gives_the_codes_of_one_device(tiny_release, backbone, saes, documents, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])

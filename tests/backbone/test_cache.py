@@ -122,6 +122,7 @@ def assert_rows_equal(rows, expected, limit=1e-5):
         np.testing.assert_array_equal(parts[4], wanted[4], f"segments of row {row}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
 @pytest.mark.parametrize("pieces", PIECES)
 def test_pieces_equal_the_whole(model, pieces, packed):
@@ -136,6 +137,7 @@ def test_pads_may_stand_between_the_segments_of_a_call(model):
     assert_rows_equal(rows, model.whole(True))
 
 
+@pytest.mark.slow
 def test_chunks_as_long_as_those_of_the_delta_rule_and_as_the_convolution_or_shorter():
     model = _model("qwen3_5")
     for segments, packed in ((ONE_SEGMENT, False), (SEGMENTS, True)):
@@ -157,6 +159,7 @@ def test_beyond_the_capacity_there_is_nan_where_the_length_is_hidden(model):
         assert all(np.isnan(a).all() for a in (out.hidden, out.logits, out.captured))
 
 
+@pytest.mark.slow
 def test_positions_may_be_given_and_the_last_segment_goes_on_without_ids():
     """Three calls: ids alone; positions alone, which leaves the segment that of the cache; ids again."""
     model = _model("qwen3_5")

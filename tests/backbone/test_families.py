@@ -23,6 +23,7 @@ def shapes_of(family, dtype=jnp.float32, **changes):
     return config, parameter_shapes(config, dtype)
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth(family):
     def lines(layers):
         config, shapes = shapes_of(family, num_hidden_layers=layers)

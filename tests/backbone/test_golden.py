@@ -55,6 +55,7 @@ def test_a_tied_model_uses_its_embedding_as_head(backbone, oracle, check_fidelit
     check_fidelity(tied, oracle["right/tokens"], oracle["right/mask"], part)
 
 
+@pytest.mark.slow
 def test_gradients_equal_torch(backbone, oracle, stored_gradients):
     grads = stored_gradients(backbone, oracle["right/tokens"], oracle["right/mask"])
     norms = {name.partition("/")[2]: norm[0] for name, norm in oracle.items() if name.startswith("gradient_norm/")}

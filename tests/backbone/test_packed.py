@@ -70,6 +70,7 @@ def parts(out, row, place):
     return [np.asarray(a) for a in (out.hidden[row, place], out.logits[row, place], *out.captured[:, row, place])]
 
 
+@pytest.mark.slow
 def test_packed_documents_equal_documents_alone(model):
     assert np.isfinite(model.packed().logits).all()  # at pads too
     for row, place in PLACES:
@@ -105,6 +106,7 @@ def blind(params, token):
     return params | {"embed": embed, "period": (first | {"mixer": mixer}, *params["period"][1:])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["qwen3", "qwen3_moe", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)]
 )
@@ -153,6 +155,7 @@ def test_ids_that_go_backwards_from_one_call_to_the_next_are_refused():
         forward(params, config, np.zeros((1, 2), int), segment_ids=np.array([[4, 6]]), cache=cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_pads_inside_a_segment_are_refused_where_layers_cannot_skip_them(family):
     config = make_config(family, num_hidden_layers=4)
@@ -167,6 +170,7 @@ def test_pads_inside_a_segment_are_refused_where_layers_cannot_skip_them(family)
     forward(params, config, tokens, mask=mask, segment_ids=np.array([[0] * 9, [0] * 4 + [1] * 5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_zero_vectors_pass_through_the_l2_norm_with_finite_gradients(family):
     config = make_config(family, num_hidden_layers=4)

@@ -15,6 +15,8 @@ from qscope_jax.backbone.weights import Backbone, load_backbone, save_backbone
 from qscope_jax.mesh import MeshError, make_mesh, sharding
 from tests.backbone.families import FAMILIES, QUICK, make_config, make_params, relative_l2, tokens_of
 
+pytestmark = pytest.mark.slow  # compiles for eight devices, forward and gradient, in every family
+
 SIZES = {
     "vocab_size": 56, "num_attention_heads": 8, "num_key_value_heads": 4, "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,

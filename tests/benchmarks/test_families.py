@@ -50,6 +50,7 @@ def test_both_sides_compute_the_same(name):
     assert compare_with_transformers(narrow(SHAPES[name]), (2, 70), rounds=3)["relative_l2"] < 1e-5
 
 
+@pytest.mark.slow
 def test_experts_that_are_not_chosen_take_no_temporary_memory():
     few = narrow(qwen3_30b_a3b(1, 4))
     assert few.moe is not None

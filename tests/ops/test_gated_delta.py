@@ -206,6 +206,7 @@ def test_sharded_heads_and_rows_need_no_communication():
         assert word not in text
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_one_state_per_group_of_chunks():
     b, t, i, j, d = 1, 16384, 16, 32, 128
     shapes = [(b, t, i, d), (b, t, i, d), (b, t, j, d), (b, t, j), (b, t, j), (b, j, d, d)]
