@@ -72,14 +72,17 @@ def check_rows(segment_ids, mask, cache: Cache | None, *, gaps: bool) -> None:
     Raises:
       ValueError: the first such place.
     """
-    given, ids, real = segment_ids is not None, np.asarray(segment_ids), np.asarray(mask, bool)
+    given = segment_ids is not None
+    if gaps and not given:
+        return
+    ids, real = np.asarray(segment_ids), np.asarray(mask, bool)
+    ends = None if cache is None or not given else np.where(cache.ordinal >= 0, cache.last_segment, _NONE)
     for row in range(len(real)):
         columns = np.flatnonzero(real[row])
         here = ids[row, columns] if given else np.zeros(len(columns), int)
-        before = cache.last_segment[row] if given and cache is not None and cache.ordinal[row] >= 0 else None
-        if before is not None and len(columns) and here[0] < before:
+        if ends is not None and len(columns) and here[0] < ends[row]:
             raise ValueError(
-                f"segment_ids go backwards in row {row}: {before} at the end of the cache, {here[0]} at column "
+                f"segment_ids go backwards in row {row}: {ends[row]} at the end of the cache, {here[0]} at column "
                 f"{columns[0]}; {_ORDER}"
             )
         for i in np.flatnonzero(np.diff(here) < 0)[:1]:
@@ -94,6 +97,7 @@ def check_rows(segment_ids, mask, cache: Cache | None, *, gaps: bool) -> None:
             )
 
 
+_NONE = np.iinfo(np.int32).min  # no segment yet: every id comes after it
 _ORDER = "number the documents of a row in the order in which they stand"
 
 

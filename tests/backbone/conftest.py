@@ -12,9 +12,9 @@ from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward, init_params
 from qscope_jax.backbone.weights import Backbone, save_backbone
 from qscope_jax.files.tensors import open_tensors
+from tests.backbone.families import QUICK, relative_l2
 
 # For programs that run for milliseconds and compile for seconds.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 RAW = {
     "model_type": "qwen3",
@@ -68,15 +68,10 @@ def params(config, make_params):
     return make_params(config)
 
 
-def relative_l2(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
 @pytest.fixture(scope="session")
 def run_forward():
     """`forward` as one program, compiled once for all tests that ask the same of it."""
-    return jax.jit(forward, static_argnames=("capture", "stop_after"), compiler_options=QUICK_COMPILE)
+    return jax.jit(forward, static_argnames=("capture", "stop_after"), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +110,7 @@ def stored_gradients(next_token_loss, tmp_path):
     """Gradients of that loss by tensor name and in the layout of a checkpoint: saved as if they were weights."""
 
     def compute(backbone, tokens, mask):
-        grad = jax.jit(jax.grad(next_token_loss), compiler_options=QUICK_COMPILE)
+        grad = jax.jit(jax.grad(next_token_loss), compiler_options=QUICK)
         grads = grad(backbone.params, backbone.config, tokens, mask)
         save_backbone(Backbone(backbone.config, grads), tmp_path / "gradients")
         file = open_tensors(tmp_path / "gradients" / "model.safetensors")
