@@ -1,18 +1,70 @@
-"""Which implementation of an operation runs: the one asked for, else the portable one."""
+"""Which implementation of an operation runs: the one asked for, else the kernel of the device where it serves these
+shapes, else the portable one. Decided while tracing, from the device that the arrays are on."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-T = TypeVar("T")
+import jax
 
 
-def pick(operation: str, implementations: Mapping[str, T], impl: str | None) -> T:
-    """The implementation named `impl`; None picks "xla".
+class Device(NamedTuple):
+    """What a program is made for: "cpu", "gpu" or "tpu", and the kind, such as "TPU v6 lite" or "NVIDIA H200"."""
+
+    platform: str
+    kind: str
+
+
+class Kernel(NamedTuple):
+    """A hand-written implementation. `unsuited` takes the device and then what `run` takes, and says in a few words
+    why `run` cannot serve that; None where it can."""
+
+    platform: str
+    run: Callable[..., Any]
+    unsuited: Callable[..., str | None]
+
+
+def device_of(*arrays: jax.Array) -> Device:
+    """The device that arrays are on, traced or not: that of their mesh, else the one that JAX uses by default."""
+    for array in arrays:
+        device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
+        if device is not None:
+            return Device(device.platform, device.device_kind)
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is None or isinstance(default, str):
+        default = jax.devices(default)[0]
+    return Device(default.platform, default.device_kind)
+
+
+def pick(
+    operation: str,
+    portable: Mapping[str, Callable[..., Any]],
+    kernels: Mapping[str, Kernel],
+    impl: str | None,
+    *arrays: jax.Array,
+    **options: Any,
+) -> Callable[..., Any]:
+    """The implementation for these arguments; called with the same arrays and options.
 
     Raises:
-      ValueError: `impl` names none of the implementations of this operation.
+      ValueError: `impl` names none of the implementations, or one that cannot serve this device or these shapes.
     """
-    name = "xla" if impl is None else impl
-    if name not in implementations:
-        raise ValueError(f"{operation} has no implementation {name!r}; there are {sorted(implementations)}")
-    return implementations[name]
+    device = device_of(*arrays)
+    if impl is None:
+        for kernel in kernels.values():
+            if kernel.platform == device.platform and kernel.unsuited(device, *arrays, **options) is None:
+                return kernel.run
+        return portable["xla"]
+    if impl in portable:
+        return portable[impl]
+    if impl not in kernels:
+        names = sorted([*portable, *kernels])
+        raise ValueError(f"{operation} has no implementation {impl!r}; there are {names}")
+    kernel = kernels[impl]
+    if kernel.platform != device.platform:
+        raise ValueError(
+            f"{operation}: impl = {impl!r} runs on a {kernel.platform.upper()}, these arrays are on {device.kind} "
+            f"({device.platform}); leave impl out, or choose one of {sorted(portable)}"
+        )
+    if (why := kernel.unsuited(device, *arrays, **options)) is not None:
+        raise ValueError(f"{operation}: impl = {impl!r} cannot serve this: {why}; leave impl out")
+    return kernel.run
