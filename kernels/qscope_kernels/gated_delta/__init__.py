@@ -6,10 +6,11 @@ S <- exp(g_t) S;    S <- S + k_t (beta_t (v_t - S^T k_t))^T;    o_t = S^T q_t
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qscope_kernels.dispatch import pick
+from qscope_kernels.dispatch import Kernel, pick
 from qscope_kernels.gated_delta import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.gated_delta, "xla": xla.gated_delta}
+_KERNELS: dict[str, Kernel] = {}
 
 
 def gated_delta(
@@ -38,7 +39,8 @@ def gated_delta(
     first = jnp.zeros((b, j, dk, dv), jnp.float32) if state is None else state.astype(jnp.float32)
     resets = jnp.zeros((b, t), bool) if reset is None else reset
     q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
-    return pick("gated_delta", _IMPLEMENTATIONS, impl)(q, k, v, g, beta, first, resets)
+    arrays = q, k, v, g, beta, first, resets
+    return pick("gated_delta", _IMPLEMENTATIONS, _KERNELS, impl, *arrays)(*arrays)
 
 
 def _check(q, k, v, g, beta, state, reset) -> None:

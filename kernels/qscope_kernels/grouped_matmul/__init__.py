@@ -6,10 +6,11 @@ out[i] = x[i] @ w[g]    for i in group g, that is for sum(group_sizes[:g]) <= i 
 import jax
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import pick
+from qscope_kernels.dispatch import Kernel, pick
 from qscope_kernels.grouped_matmul import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.grouped_matmul, "xla": xla.grouped_matmul}
+_KERNELS: dict[str, Kernel] = {}
 
 
 def grouped_matmul(
@@ -39,4 +40,5 @@ def grouped_matmul(
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}; cast one of them")
     if within is not None and within[0].shape[1:] != w.shape:
         raise ValueError(f"w {w.shape} is no layer of the stacks {within[0].shape} that it should lie within")
-    return pick("grouped_matmul", _IMPLEMENTATIONS, impl)(x, w, group_sizes, within=within, precision=precision)
+    arrays, options = (x, w, group_sizes), {"within": within, "precision": precision}
+    return pick("grouped_matmul", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, **options)(*arrays, **options)

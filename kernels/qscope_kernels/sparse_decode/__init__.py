@@ -5,10 +5,11 @@ x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]]
 
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import pick
+from qscope_kernels.dispatch import Kernel, pick
 from qscope_kernels.sparse_decode import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_decode, "xla": xla.sparse_decode}
+_KERNELS: dict[str, Kernel] = {}
 
 
 def sparse_decode(
@@ -23,7 +24,8 @@ def sparse_decode(
     """
     check_code(values, indices)
     k = values.shape[-1]
-    out = pick("sparse_decode", _IMPLEMENTATIONS, impl)(values.reshape(-1, k), indices.reshape(-1, k), w_dec)
+    arrays = values.reshape(-1, k), indices.reshape(-1, k), w_dec
+    out = pick("sparse_decode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays)(*arrays)
     return out.reshape(*values.shape[:-1], w_dec.shape[1])
 
 

@@ -5,10 +5,11 @@ out[f] = sum of values[n, a] * rows[n],  total[f] = sum of values[n, a],    over
 
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import pick
+from qscope_kernels.dispatch import Kernel, pick
 from qscope_kernels.sparse_outer import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_outer, "xla": xla.sparse_outer}
+_KERNELS: dict[str, Kernel] = {}
 
 
 def sparse_outer(
@@ -31,4 +32,5 @@ def sparse_outer(
             f"values {values.shape}, indices {indices.shape} and rows {rows.shape} do not fit; expected [n, k] twice "
             "and [n, d]"
         )
-    return pick("sparse_outer", _IMPLEMENTATIONS, impl)(values, indices, rows, latents=latents)
+    arrays = values, indices, rows
+    return pick("sparse_outer", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, latents=latents)(*arrays, latents=latents)

@@ -7,10 +7,11 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import pick
+from qscope_kernels.dispatch import Kernel, pick
 from qscope_kernels.topk_encode import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.topk_encode, "xla": xla.topk_encode}
+_KERNELS: dict[str, Kernel] = {}
 
 
 def topk_encode(
@@ -32,8 +33,8 @@ def topk_encode(
       ValueError: k is not in 1..f, or `contract` or `impl` is unknown.
     """
     check_choice(k, w_enc.shape[1], contract)
-    flat = x.reshape(-1, x.shape[-1])
-    values, indices = pick("topk_encode", _IMPLEMENTATIONS, impl)(flat, w_enc, b_enc, k=k)
+    arrays, options = (x.reshape(-1, x.shape[-1]), w_enc, b_enc), {"k": k, "contract": contract}
+    values, indices = pick("topk_encode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, **options)(*arrays, **options)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
 

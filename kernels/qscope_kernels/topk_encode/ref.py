@@ -16,7 +16,9 @@ def pre_activations(x: jax.Array, w_enc: jax.Array, b_enc: jax.Array) -> jax.Arr
     return jnp.where(jnp.isnan(pre), jnp.nan, pre)
 
 
-def topk_encode(x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+def topk_encode(
+    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str = "exact"
+) -> tuple[jax.Array, jax.Array]:
     """Sorts all f pre-activations of x [n, d], stably, and keeps the first k."""
     pre = pre_activations(x, w_enc, b_enc)
     indices = jnp.argsort(pre, axis=-1, descending=True, stable=True)[:, :k]

@@ -9,7 +9,9 @@ from qscope_kernels.topk_encode.ref import pre_activations
 _CHUNK_ELEMENTS = 1 << 26
 
 
-def topk_encode(x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+def topk_encode(
+    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str = "exact"
+) -> tuple[jax.Array, jax.Array]:
     """Top k of x [n, d] in even chunks; the last one is padded with zero rows that are dropped again."""
 
     def encode_rows(rows):
