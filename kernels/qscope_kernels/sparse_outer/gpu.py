@@ -37,7 +37,7 @@ def sparse_outer(
 
 
 def sum_pieces(latents, weights, tokens, rows, *, piece: int, unroll: int) -> list[jax.Array]:
-    """Sums of the pieces [parts, m / piece, columns] within one run, of their weights [m / piece]; garbage elsewhere."""
+    """Sums of pieces within one run [parts, m / piece, columns], of their weights [m / piece]; of others garbage."""
     pieces, (_, parts, columns) = latents.shape[0] // piece, rows.shape
     layout = strided(columns, rows.dtype)
     out = [((parts, max(pieces, 1), columns), jnp.float32), ((max(pieces, 1),), jnp.float32)]
@@ -93,6 +93,6 @@ def unsuited(device: Device, values: jax.Array, indices: jax.Array, rows: jax.Ar
     """Why `sparse_outer` cannot serve this, or None."""
     if values.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"values of {values.dtype}"
-    if latents * rows.shape[1] >= 2**31 or not 0 < latents:
+    if latents * rows.shape[1] >= 2**31 or latents < 1:
         return f"a gradient [{latents}, {rows.shape[1]}] has no element or more than 31 bits count"
     return not_hopper(device) or unsuited_rows(rows.shape, rows.dtype, indices, 2**30)
