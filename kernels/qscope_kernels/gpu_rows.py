@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qscope_kernels.pallas_gpu import WARPGROUP, load, plgpu
+from qscope_kernels.pallas_gpu import WARPGROUP, load, plgpu, vector_length
 
 
 def nothing(columns: int, layout: Any) -> tuple[Any, Any]:
@@ -54,13 +54,14 @@ def add_rows(
 
 
 def in_parts(matrix: jax.Array, columns: int) -> jax.Array:
-    """A matrix [f, d] as [f, parts, columns], as wide as possible: a multiple of 128 that divides d, at most `columns`.
+    """A matrix [f, d] as [f, parts, columns]: at most `columns` wide, read in long pieces, as wide as possible.
 
     Kernels index parts instead of slicing columns, so that the compiler knows how reads are aligned.
     """
     f, d = matrix.shape
-    widest = max(c for c in range(WARPGROUP, max(columns, WARPGROUP) + 1, WARPGROUP) if d % c == 0)
-    return matrix.reshape(f, d // widest, widest)
+    widths = [c for c in range(WARPGROUP, max(columns, WARPGROUP) + 1, WARPGROUP) if d % c == 0]
+    best = max(widths, key=lambda c: (vector_length(c, matrix.dtype), c))
+    return matrix.reshape(f, d // best, best)
 
 
 def divide(number: Any, by: int) -> tuple[Any, Any]:
