@@ -1,6 +1,5 @@
 """The one door to Pallas on NVIDIA GPUs (Mosaic GPU): its names, and what differs between JAX 0.10 and 0.12."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qscope_kernels.dispatch import Device
 from qscope_kernels.manual_axes import varying_axes
 
-__all__ = ["call", "interpreted", "load", "not_hopper", "pl", "plgpu", "strided", "vector_length"]
+__all__ = ["call", "load", "not_hopper", "pl", "plgpu", "strided", "vector_length"]
 
 WARPGROUP = 128  # threads that run as one "thread" of Pallas
 
@@ -50,9 +49,3 @@ def call(body: Callable[..., None], *arrays: jax.Array, out: Sequence[tuple], bl
     results = plgpu.kernel(body, out_type=types, grid=(blocks,), grid_names=("block",), **options)(*arrays)
     axes = varying_axes(*arrays)
     return [jax.lax.pcast(result, tuple(axes - varying_axes(result)), to="varying") for result in results]
-
-
-def interpreted() -> contextlib.AbstractContextManager[None] | None:
-    """A context in which kernels run on a CPU, simulated; None where this JAX has no such mode."""
-    force = getattr(plgpu, "force_gpu_interpret_mode", None)
-    return None if force is None else force()

@@ -54,7 +54,11 @@ def sum_pieces(latents, weights, tokens, rows, *, piece: int, unroll: int) -> li
             row = lambda token: rows.at[token, part]  # noqa: E731
             total = nothing(columns, layout)
             total = add_rows(total, row, entry, start, start + piece, layout=layout, unroll=unroll)
-            sums[part, at], totals[at] = total
+            sums[part, at] = total[0]
+
+            @pl.when(part == 0)
+            def _():
+                totals[at] = total[1]
 
     return call(body, latents, weights, tokens, rows, out=out, blocks=pieces * parts)
 
@@ -83,7 +87,11 @@ def sum_runs(starts, weights, tokens, rows, sums, totals, *, piece: int, unroll:
         total = add_rows(
             total, lambda at: sums.at[part, at], whole, 0, inner, layout=layout, unroll=max(1, unroll // 2)
         )
-        out[latent, part], amounts[latent] = total
+        out[latent, part] = total[0]
+
+        @pl.when(part == 0)
+        def _():
+            amounts[latent] = total[1]
 
     out = [((latents, parts, columns), jnp.float32), ((latents,), jnp.float32)]
     return call(body, starts, weights, tokens, rows, sums, totals, out=out, blocks=latents * parts)
