@@ -12,6 +12,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from qscope_kernels.manual_axes import alike
+
 Carry = TypeVar("Carry")
 
 
@@ -19,16 +21,8 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, within
     """x [n, d] times the matrix of w [e, d, m] that each row's group names; zero rows past the groups."""
     # Inside `shard_map` these may vary along different mesh axes; the transpose of this cast sums gradients there.
     arrays = x, w, jax.lax.stop_gradient(within), group_sizes
-    axes = frozenset().union(*map(_axes, jax.tree.leaves(arrays)))
-    return _grouped_matmul(precision, *jax.tree.map(partial(_varying, axes=axes), arrays))
-
-
-def _axes(array: jax.Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying
-
-
-def _varying(array: jax.Array, *, axes: frozenset[str]) -> jax.Array:
-    return jax.lax.pcast(array, tuple(axes - _axes(array)), to="varying")
+    leaves, tree = jax.tree.flatten(arrays)
+    return _grouped_matmul(precision, *jax.tree.unflatten(tree, alike(leaves)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

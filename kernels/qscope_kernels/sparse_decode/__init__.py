@@ -1,15 +1,24 @@
-"""sparse_decode: the weighted sum of the decoder rows that a code names.
+"""sparse_decode: the weighted sum of the decoder rows that a code names; gather_dot, products with those rows.
 
-x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]]
+x_hat[n] = sum_a values[n, a] * w_dec[indices[n, a]],    dvalues[n, a] = <dx_hat[n], w_dec[indices[n, a]]>
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qscope_kernels import sparse_outer
 from qscope_kernels.dispatch import Kernel, pick
+from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_decode import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_decode, "xla": xla.sparse_decode}
 _KERNELS: dict[str, Kernel] = {}
+_DOT_IMPLEMENTATIONS = {"ref": ref.gather_dot, "xla": xla.gather_dot}
+_DOT_KERNELS: dict[str, Kernel] = {}
 
 
 def sparse_decode(
@@ -17,19 +26,87 @@ def sparse_decode(
 ) -> Float[Array, "*n d"]:
     """Sum over the k slots of value times decoder row, accumulated in float32 [..., d].
 
-    A slot whose value is 0 adds nothing, whatever its index (an index beyond the latents included).
+    A slot whose value is 0 adds nothing, whatever its index (an index beyond the latents included). The gradient reads
+    and writes the rows that are named; "ref" can be differentiated forward too, the others in reverse.
 
     Raises:
-      ValueError: `values` and `indices` differ in shape, or `impl` is unknown.
+      ValueError: a shape or a dtype does not fit, or `impl` is unknown.
     """
+    values, indices, w_dec = (jnp.asarray(array) for array in (values, indices, w_dec))
     check_code(values, indices)
+    _check_matrix("w_dec", w_dec)
     k = values.shape[-1]
     arrays = values.reshape(-1, k), indices.reshape(-1, k), w_dec
-    out = pick("sparse_decode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays)(*arrays)
+    run = pick("sparse_decode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays)
+    # Inside shard_map these vary along different mesh axes; the transpose of this cast sums gradients there.
+    out = run(*arrays) if run is ref.sparse_decode else _decode(run, impl, *alike(arrays))
     return out.reshape(*values.shape[:-1], w_dec.shape[1])
+
+
+def gather_dot(
+    rows: Float[Array, "n d"], indices: Int[Array, "n k"], w: Float[Array, "f d"], *, impl: str | None = None
+) -> Float[Array, "n k"]:
+    """The products of every row with the k rows of w that it names, accumulated in float32 [n, k].
+
+    An index beyond w counts as the nearest one.
+
+    Raises:
+      ValueError: a shape or a dtype does not fit, or `impl` is unknown.
+    """
+    rows, indices, w = arrays = tuple(jnp.asarray(array) for array in (rows, indices, w))
+    _check_matrix("w", w)
+    _check_integers(indices)
+    if rows.ndim != 2 or indices.ndim != 2 or rows.shape != (indices.shape[0], w.shape[1]):
+        raise ValueError(
+            f"rows {rows.shape}, indices {indices.shape} and w {w.shape} do not fit; expected [n, d], [n, k] and [f, d]"
+        )
+    return pick("gather_dot", _DOT_IMPLEMENTATIONS, _DOT_KERNELS, impl, *arrays)(*alike(arrays))
+
+
+def offered(impl: str | None) -> str | None:
+    """`impl` if sparse_decode has it, else None: for an operation whose gradient this is."""
+    return impl if impl in (*_IMPLEMENTATIONS, *_KERNELS) else None
 
 
 def check_code(values: Array, indices: Array) -> None:
     """Raises ValueError where values and indices do not belong together."""
-    if values.shape != indices.shape:
-        raise ValueError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape")
+    if values.shape != indices.shape or not values.ndim:
+        raise ValueError(
+            f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape, [..., k]"
+        )
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"values are {values.dtype}; expected a floating dtype")
+    _check_integers(indices)
+
+
+def _check_integers(indices: Array) -> None:
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"indices are {indices.dtype}; expected an integer dtype")
+
+
+def _check_matrix(name: str, w: Array) -> None:
+    if w.ndim != 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"{name} is {w.dtype} {tuple(w.shape)}; expected floating [f, d]")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(run: Callable[..., jax.Array], impl, values, indices, w_dec):
+    return run(values, indices, w_dec)
+
+
+def _forward(run, impl, *arrays):
+    return _decode(run, impl, *arrays), arrays
+
+
+def _backward(run, impl, arrays, given):
+    values, indices, w_dec = arrays
+    # What nobody asks for is dead code, which the compiler removes.
+    dot = impl if impl in (*_DOT_IMPLEMENTATIONS, *_DOT_KERNELS) else None
+    dvalues = gather_dot(given, indices, w_dec, impl=dot)
+    dw_dec, _ = sparse_outer.sparse_outer(
+        values, indices, given, latents=w_dec.shape[0], impl=sparse_outer.offered(impl)
+    )
+    return dvalues.astype(values.dtype), None, dw_dec.astype(w_dec.dtype)
+
+
+_decode.defvjp(_forward, _backward)

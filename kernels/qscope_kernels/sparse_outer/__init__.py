@@ -3,9 +3,11 @@
 out[f] = sum of values[n, a] * rows[n],  total[f] = sum of values[n, a],    over all (n, a) with indices[n, a] = f
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qscope_kernels.dispatch import Kernel, pick
+from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_outer import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_outer, "xla": xla.sparse_outer}
@@ -25,12 +27,31 @@ def sparse_outer(
     An index beyond the latents counts as the nearest one.
 
     Raises:
-      ValueError: the shapes do not fit, or `impl` is unknown.
+      ValueError: a shape or a dtype does not fit, or `impl` is unknown.
     """
-    if values.shape != indices.shape or values.shape[:1] != rows.shape[:1]:
+    values, indices, rows = arrays = tuple(jnp.asarray(array) for array in (values, indices, rows))
+    _check(values, indices, rows, latents)
+    run = pick("sparse_outer", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, latents=latents)
+    return run(*alike(arrays), latents=latents)
+
+
+def offered(impl: str | None) -> str | None:
+    """`impl` if this operation has it, else None: for operations whose gradient this is."""
+    return impl if impl in (*_IMPLEMENTATIONS, *_KERNELS) else None
+
+
+def _check(values: Array, indices: Array, rows: Array, latents: int) -> None:
+    if values.ndim != 2 or values.shape != indices.shape or rows.ndim != 2 or len(values) != len(rows):
         raise ValueError(
             f"values {values.shape}, indices {indices.shape} and rows {rows.shape} do not fit; expected [n, k] twice "
             "and [n, d]"
         )
-    arrays = values, indices, rows
-    return pick("sparse_outer", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, latents=latents)(*arrays, latents=latents)
+    for name, array, kind in (
+        ("values", values, "floating"),
+        ("indices", indices, "integer"),
+        ("rows", rows, "floating"),
+    ):
+        if not jnp.issubdtype(array.dtype, getattr(jnp, kind)):
+            raise ValueError(f"{name} are {array.dtype}; expected a{'n' * (kind == 'integer')} {kind} dtype")
+    if latents < 1:
+        raise ValueError(f"latents = {latents}; expected at least 1")

@@ -3,12 +3,15 @@
 values, indices = relu(topk_k(x @ w_enc + b_enc)),    sorted by value, descending
 """
 
+from functools import partial
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qscope_kernels.dispatch import Kernel, pick
-from qscope_kernels.topk_encode import ref, xla
+from qscope_kernels.topk_encode import gradient, ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.topk_encode, "xla": xla.topk_encode}
 _KERNELS: dict[str, Kernel] = {}
@@ -28,15 +31,33 @@ def topk_encode(
     Pre-activations are accumulated in float32: float32 inputs at full precision, others in their own products. Both
     contracts order by them exactly here ("fast" allows a rounded key); ties go to the lowest index. Where fewer than k
     are positive, the remaining values are 0 and their indices mean nothing. A NaN pre-activation ranks above all.
+    The gradient reads and writes active latents alone; "ref" can be differentiated forward too, the others in reverse.
 
     Raises:
-      ValueError: k is not in 1..f, or `contract` or `impl` is unknown.
+      ValueError: a shape or a dtype does not fit, k is not in 1..f, or `contract` or `impl` is unknown.
     """
+    x, w_enc, b_enc = (jnp.asarray(array) for array in (x, w_enc, b_enc))
+    check_encoder(x, w_enc, b_enc)
     check_choice(k, w_enc.shape[1], contract)
     arrays, options = (x.reshape(-1, x.shape[-1]), w_enc, b_enc), {"k": k, "contract": contract}
-    values, indices = pick("topk_encode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, **options)(*arrays, **options)
+    run = pick("topk_encode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays, **options)
+    if run is ref.topk_encode:
+        values, indices = run(*arrays, **options)
+    else:
+        values, indices = gradient.encode(partial(run, **options), impl, *arrays)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
+
+
+def check_encoder(x: jax.Array, w_enc: jax.Array, b_enc: jax.Array) -> None:
+    """Raises ValueError where x [..., d], w_enc [d, f] and b_enc [f] do not belong together or are not floating."""
+    if x.ndim == 0 or w_enc.ndim != 2 or x.shape[-1] != w_enc.shape[0] or b_enc.shape != w_enc.shape[1:]:
+        raise ValueError(
+            f"x {x.shape}, w_enc {w_enc.shape} and b_enc {b_enc.shape} do not fit; expected [..., d], [d, f] and [f]"
+        )
+    for name, array in (("x", x), ("w_enc", w_enc), ("b_enc", b_enc)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}; expected a floating dtype, such as float32 or bfloat16")
 
 
 def check_choice(k: int, latents: int, contract: str) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qscope_kernels.topk_encode import check_choice, topk_encode
+from qscope_kernels.topk_encode.select import select
 
 
 def topk_encode_sharded(
@@ -42,7 +43,7 @@ def topk_encode_sharded(
         values, indices = (
             jax.lax.all_gather(part, model, axis=1, tiled=True, to="invarying") for part in (values, indices)
         )
-        best, slots = jax.lax.top_k(values, k)
+        best, slots = select(values, k)
         return best, jnp.take_along_axis(indices, slots, axis=1)
 
     tokens = PartitionSpec(data, None)

@@ -1,0 +1,54 @@
+"""The k largest entries of every row, from a few of its entries: the maxima of groups, then the best groups whole.
+
+Claim: the k largest entries, ties to the lowest index, all lie in the k groups of largest maximum, ties to the first
+group, where groups are runs of neighbouring columns. Proof: let s be one of the k entries and G its group. A group H
+that comes before G has max(H) > max(G) >= s, or max(H) = max(G) >= s and lies to the left of G; either way the entry
+that attains max(H) comes before s. Distinct groups give distinct entries, and fewer than k entries come before s, so
+fewer than k groups come before G. The chosen groups are read in the order of their columns, so that the last top-k,
+whose ties go to the first candidate, gives them to the lowest index too. Entries below the k-th largest maximum are
+not among the k largest, as k entries are not below it: hiding them from the last top-k makes that faster.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def select(pre: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest entries of every row of pre [n, f] and their int32 indices, both [n, k], sorted, descending.
+
+    Ties go to the lowest index, zeros of either sign are equal, NaN ranks above all. Rows that no group divides are
+    padded, which copies them; groups divide the widths of all released SAEs.
+    """
+    n, f = pre.shape
+    group = group_width(f, k)
+    if group == 1:
+        return _from_pre(pre, jax.lax.top_k(_ordered(pre), k)[1])
+    padded = jnp.pad(pre, ((0, 0), (0, -f % group)), constant_values=-jnp.inf)
+    runs = jax.lax.stop_gradient(padded).reshape(n, -(-f // group), group)
+    maxima, groups = jax.lax.top_k(_ordered(jnp.max(runs, axis=2)), k)
+    groups = jnp.sort(groups, axis=1)
+    candidates = _ordered(jnp.take_along_axis(runs, groups[:, :, None], axis=1, mode="clip")).reshape(n, k * group)
+    # Not `maxima[:, -1:]`: XLA would no longer see that a top-k was meant, and sort. NaN hides nothing.
+    kth = jnp.min(maxima, axis=1, keepdims=True)
+    _, slots = jax.lax.top_k(jnp.where(candidates < kth, -jnp.inf, candidates), k)
+    chosen = jnp.take_along_axis(groups, slots // group, axis=1, mode="clip")
+    return _from_pre(pre, chosen * group + slots % group)
+
+
+def group_width(f: int, k: int) -> int:
+    """Columns per group: f / g maxima and k * g candidates are fewest at g = sqrt(f / k). 1: groups do not pay."""
+    width = 1 << round(math.log2(f / k) / 2)
+    return width if width >= 8 else 1
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """At least float32, ordered by `lax.top_k` as by value: it ranks -0 below 0, and NaNs by their sign bit."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(x == 0, 0.0, jnp.where(jnp.isnan(x), jnp.nan, x))
+
+
+def _from_pre(pre: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values are read again, which makes them differentiable at the cost of k entries per row."""
+    return jnp.take_along_axis(pre, indices, axis=1, mode="clip"), indices
