@@ -35,11 +35,8 @@ def pool_codes(values: np.ndarray, indices: np.ndarray, row: np.ndarray, rows: i
       pool: "max" gives the largest value, "count" the number of tokens, "mean" the sum (float64; the caller divides
         by the tokens of the document, zeros included), "last" the value at the given token.
     """
-    used = values > 0
-    row = np.broadcast_to(row[:, None], used.shape)[used]
-    flat, index = values[used], indices[used]
     feature_bits = _bits(d_sae)
-    group, flat = _sorted_groups(row, index, flat, feature_bits, rows)
+    group, flat = _sorted_groups(row, indices, values, feature_bits, rows)
     is_last = np.concatenate([group[1:] != group[:-1], np.ones(min(len(group), 1), bool)])
     ends = np.flatnonzero(is_last)
     if pool in ("max", "last"):
@@ -115,15 +112,22 @@ def _bits(count: int) -> int:
 
 
 def _sorted_groups(row, index, values, feature_bits: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row << feature_bits | feature) and value of every entry, ordered by row, feature, value."""
+    """(row << feature_bits | feature) and value of every used entry of [n, k], ordered by row, feature, value."""
+    used = values > 0
     if _bits(count) + feature_bits + _VALUE_BITS > 64:
+        row, index, values = np.broadcast_to(row[:, None], used.shape)[used], index[used], values[used]
         order = np.lexsort((values, index, row))
         return (row.astype(np.int64) << feature_bits | index)[order], values[order]
-    key = row.astype(np.uint64) << np.uint64(feature_bits) | index.astype(np.uint64)
-    key = key << np.uint64(_VALUE_BITS) | values.view(np.uint32).astype(np.uint64)
-    key = np.sort(key)
-    low = np.uint64((1 << _VALUE_BITS) - 1)
-    return (key >> np.uint64(_VALUE_BITS)).astype(np.int64), (key & low).astype(np.uint32).view(np.float32)
+    key = index.astype(np.uint64)  # built in place: this is the hot spot of pooling, and bound by memory
+    key |= (row.astype(np.uint64) << np.uint64(feature_bits))[:, None]
+    key <<= np.uint64(_VALUE_BITS)
+    key |= values.view(np.uint32)
+    key = key.ravel() if used.all() else key[used]
+    key.sort()
+    flat = key.astype(np.uint32)  # cut off above, where one bit of the feature is left
+    flat &= np.uint32((1 << _VALUE_BITS) - 1)
+    key >>= np.uint64(_VALUE_BITS)
+    return key.view(np.int64), flat.view(np.float32)
 
 
 def _ranked(row, features, values, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
