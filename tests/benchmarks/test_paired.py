@@ -1,11 +1,13 @@
 """Paired ratios, on a clock that is played."""
 
 import itertools
+import json
 import sys
 
 import pytest
 
 from qscope_jax.benchmarks import forward, paired
+from qscope_jax.jobs import bench
 from qscope_jax.jobs.bench import table
 
 
@@ -40,3 +42,34 @@ def test_results_become_a_table_with_nested_results_under_their_heading():
         "  sae:",
         "    ratio              1.004",
     ]
+
+
+def test_a_short_call_is_repeated_until_a_sample_is_long_enough_and_pairs_end_with_the_budget(monkeypatch):
+    now, calls = [0.0], {"a": 0, "b": 0}
+
+    def call(name: str, taken: float) -> None:
+        now[0] += taken
+        calls[name] += 1
+
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: now[0])
+    a, b = (lambda: call("a", 0.001)), (lambda: call("b", 0.03))
+    result = paired.paired(a, b, rounds=20, sample=0.02, budget=0.5)
+    assert result["ratio"] == pytest.approx(30)
+    assert 20 <= result["a_calls"] <= 60
+    assert result["b_calls"] == 1
+    assert 5 <= result["rounds"] < 20
+    assert calls["a"] > result["rounds"] * result["a_calls"]
+    assert paired.paired(a, b, rounds=20, budget=0.0)["rounds"] == 5
+    assert paired.seconds(a, sample=0.02) == pytest.approx(0.001)
+
+
+def test_rows_are_written_one_by_one_beside_the_device_and_versions(tmp_path, monkeypatch, capsys):
+    rows = [{"case": "c", "what": f"w{i}", "ratio": 2.0, "spread": 0.1, "rounds": 20.0} for i in range(2)]
+    monkeypatch.setitem(bench._SPARSE, "decode", lambda setting: iter(rows))
+    bench.run(bench.Config(what=("decode",), out=tmp_path))
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["decode"] == rows
+    assert written["device"]
+    assert "jaxlib" in written["versions"]
+    assert "| c | w1 | 2 | ±0.1 | 20 |" in (tmp_path / "bench.md").read_text()
+    assert capsys.readouterr().out.count("| case |") == 1
