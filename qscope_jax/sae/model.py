@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from qscope_kernels.sparse_decode import sparse_decode
 from qscope_kernels.sparse_decode.sharded import sparse_decode_sharded
 from qscope_kernels.topk_encode import topk_encode
+from qscope_kernels.topk_encode.select import select
 from qscope_kernels.topk_encode.sharded import topk_encode_sharded
 
 from qscope_jax.mesh import RULES, AnyMesh, mesh_of, partition
@@ -143,9 +144,9 @@ def from_dense(z: Float[Array, "*n f"], k: int) -> SparseCode:
     """
     if not 0 < k <= z.shape[-1]:
         raise ValueError(f"k = {k} does not lie in 1..{z.shape[-1]}, the width of z")
-    # A NaN with its sign bit set would rank below all numbers and go unseen.
-    values, indices = jax.lax.top_k(jnp.where(jnp.isnan(z), jnp.nan, z), k)
-    return SparseCode(jax.nn.relu(values), indices)
+    values, indices = select(z.reshape(-1, z.shape[-1]), k)
+    shape = (*z.shape[:-1], k)
+    return SparseCode(jax.nn.relu(values).reshape(shape), indices.reshape(shape))
 
 
 def _check_width(name: str, x: jax.Array, expected: int, what: str) -> None:

@@ -1,4 +1,7 @@
-"""The portable form: one slot at a time, so that no [n, k, d] array exists."""
+"""The portable form: one slot at a time, so that no [n, k, d] array exists.
+
+Not deterministic on CUDA, where XLA adds with atomics, in whatever order they come; the GPU kernel is.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -18,23 +18,23 @@ import jax.numpy as jnp
 def select(pre: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest entries of every row of pre [n, f] and their int32 indices, both [n, k], sorted, descending.
 
-    Ties go to the lowest index, zeros of either sign are equal, NaN ranks above all. Rows that no group divides are
-    padded, which copies them; groups divide the widths of all released SAEs.
+    Ties go to the lowest index, zeros of either sign are equal, NaN ranks above all. The gradient is that of reading
+    the values at the indices. Rows that no group divides are padded, which copies them; groups divide the widths of
+    all released SAEs.
     """
     n, f = pre.shape
-    group = group_width(f, k)
-    if group == 1:
-        return _from_pre(pre, jax.lax.top_k(_ordered(pre), k)[1])
-    padded = jnp.pad(pre, ((0, 0), (0, -f % group)), constant_values=-jnp.inf)
-    runs = jax.lax.stop_gradient(padded).reshape(n, -(-f // group), group)
-    maxima, groups = jax.lax.top_k(_ordered(jnp.max(runs, axis=2)), k)
+    scores, width = jax.lax.stop_gradient(pre), group_width(f, k)
+    if width == 1:
+        indices = jax.lax.top_k(ordered(scores), k)[1]
+        return jnp.take_along_axis(pre, indices, axis=1, mode="clip"), indices
+    maxima, groups = best_groups(scores, k, width)
     groups = jnp.sort(groups, axis=1)
-    candidates = _ordered(jnp.take_along_axis(runs, groups[:, :, None], axis=1, mode="clip")).reshape(n, k * group)
+    candidates = ordered(members(scores, groups, width)).reshape(n, k * width)
     # Not `maxima[:, -1:]`: XLA would no longer see that a top-k was meant, and sort. NaN hides nothing.
     kth = jnp.min(maxima, axis=1, keepdims=True)
     _, slots = jax.lax.top_k(jnp.where(candidates < kth, -jnp.inf, candidates), k)
-    chosen = jnp.take_along_axis(groups, slots // group, axis=1, mode="clip")
-    return _from_pre(pre, chosen * group + slots % group)
+    indices = jnp.take_along_axis(groups, slots // width, axis=1, mode="clip") * width + slots % width
+    return jnp.take_along_axis(pre, indices, axis=1, mode="clip"), indices
 
 
 def group_width(f: int, k: int) -> int:
@@ -43,12 +43,24 @@ def group_width(f: int, k: int) -> int:
     return width if width >= 8 else 1
 
 
-def _ordered(x: jax.Array) -> jax.Array:
+def best_groups(pre: jax.Array, k: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """The k groups of `width` neighbours with the largest maxima: (maxima, groups) [n, k], ties to the first group."""
+    maxima, groups = jax.lax.top_k(ordered(jnp.max(_runs(pre, width), axis=2)), k)
+    return maxima, groups
+
+
+def members(pre: jax.Array, groups: jax.Array, width: int) -> jax.Array:
+    """[n, k, width]: the entries of groups [n, k]; -inf where the last one lacks some."""
+    return jnp.take_along_axis(_runs(pre, width), groups[:, :, None], axis=1, mode="clip")
+
+
+def ordered(x: jax.Array) -> jax.Array:
     """At least float32, ordered by `lax.top_k` as by value: it ranks -0 below 0, and NaNs by their sign bit."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.where(x == 0, 0.0, jnp.where(jnp.isnan(x), jnp.nan, x))
 
 
-def _from_pre(pre: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values are read again, which makes them differentiable at the cost of k entries per row."""
-    return jnp.take_along_axis(pre, indices, axis=1, mode="clip"), indices
+def _runs(pre: jax.Array, width: int) -> jax.Array:
+    """[n, groups, width]; what is missing of the last group is -inf."""
+    n, f = pre.shape
+    return jnp.pad(pre, ((0, 0), (0, -f % width)), constant_values=-jnp.inf).reshape(n, -(-f // width), width)
