@@ -33,7 +33,7 @@ def bench_extract(*, rounds: int) -> dict[str, Any]:
     """
     encoder, few = make_encoder(load_tokenizer("demo")), max(3, rounds // 4)
     if device_of().platform != "cpu":
-        options = {"documents": 1600, "words": 5.0, "batch_tokens": 16_384, "top": 64, "per_octave": 1}
+        options = {"documents": 1200, "parts": 4, "words": 5.0, "batch_tokens": 16_384, "top": 64, "per_octave": 1}
         return {"1.7b to layer 20": compare(_random(jnp.bfloat16), encoder, rounds=few, **options)}
     return {
         "embedded": compare(_embedded(), encoder, documents=250, rounds=rounds),
@@ -43,7 +43,7 @@ def bench_extract(*, rounds: int) -> dict[str, Any]:
 
 def compare(
     loaded: Loaded, encoder: Any, *, documents: int, rounds: int, batch_tokens: int = 2048, top: int | None = None,
-    words: float = 4.0, per_octave: int = 2,
+    words: float = 4.0, parts: int = 2, per_octave: int = 2,
 ) -> dict[str, Any]:  # fmt: skip
     """Times both sides in turns on the same batches; every shape is compiled before.
 
@@ -55,13 +55,13 @@ def compare(
         corpus = open_corpus([str(data)])
         info = {"batch_tokens": batch_tokens, "top": top, "per_octave": per_octave}
         target = _target(Path(folder), loaded, corpus, info)
-        batches, tokens = _batches(target, _parts(corpus, encoder, loaded))
+        batches, tokens = _batches(target, _parts(corpus, encoder, loaded, parts))
         outs = iter(range(1 << 30))
 
         def extraction() -> np.ndarray:
             fresh = open_corpus([str(data)])
             place = target._replace(out=Path(folder) / f"out{next(outs)}")
-            make_parts(place, _parts(fresh, encoder, loaded), loaded, progress=_silent, stopping=lambda: False)
+            make_parts(place, _parts(fresh, encoder, loaded, parts), loaded, progress=_silent, stopping=lambda: False)
             return np.zeros(0)
 
         def step() -> None:
@@ -125,8 +125,8 @@ def _target(out: Path, loaded: Loaded, corpus: Corpus, chosen: dict[str, Any]) -
     return Target(out, info, corpus.schema)
 
 
-def _parts(corpus: Corpus, encoder: Any, loaded: Loaded) -> Parts:
-    ranges = corpus.parts(rows=max(1, len(corpus) // 2), size=1 << 30)
+def _parts(corpus: Corpus, encoder: Any, loaded: Loaded, parts: int) -> Parts:
+    ranges = corpus.parts(rows=max(1, len(corpus) // parts), size=1 << 30)
     return Parts(corpus, ranges, encoder, loaded.step.config.vocab_size)
 
 

@@ -60,7 +60,11 @@ def encode_rows(case: Case, setting: Setting, data: Data) -> Iterator[Row]:
     wide, narrow = (partial(matmul(dtype), *arrays[:2]) for dtype in (jnp.float32, jnp.bfloat16))
     yield from row("matmul, bfloat16 result / float32 result", narrow, wide, work)
     for impl in implementations(setting, encoding._KERNELS):
-        for contract in ("exact", "fast") if impl in encoding._KERNELS else ("exact",):  # else one program serves both
+        if impl not in encoding._KERNELS:  # one program serves both contracts
+            call = partial(encoder(case.k, "exact", impl), *arrays)
+            yield from row(f"encode, {impl} / matmul, float32 result", call, wide, work)
+            continue
+        for contract in ("exact", "fast"):
             call = partial(encoder(case.k, contract, impl), *arrays)
             yield from row(f"encode {contract}, {impl} / matmul, float32 result", call, wide, work)
             yield from row(f"encode {contract}, {impl} / matmul, bfloat16 result", call, narrow, work)
@@ -90,13 +94,14 @@ def decode_rows(case: Case, setting: Setting, data: Data, usage: Usage) -> Itera
     work = _rows_read(case, setting)
     dense = to_dense(values, indices, case.f, setting.dtype)
     matmul_dense = partial(matmul(jnp.float32), dense, data.w_dec)
-    for impl in implementations(setting, decoding._KERNELS):
+    impls = implementations(setting, decoding._KERNELS)
+    chosen = picked(setting, decoding._KERNELS, values, indices, data.w_dec)
+    for impl in impls if usage == "heavy" else (chosen,):
         call = partial(decoder(impl), values, indices, data.w_dec)
         yield from row(f"decode, {impl} / dense matmul", call, matmul_dense, work)
-    impl = picked(setting, decoding._KERNELS, values, indices, data.w_dec)
     theirs = sparse_torch.decoder(values, indices, data.w_dec)
-    ours = partial(decoder(impl), values, indices, data.w_dec)
-    yield from row(f"torch embedding_bag / decode, {impl}", theirs, ours, work)
+    ours = partial(decoder(chosen), values, indices, data.w_dec)
+    yield from row(f"torch embedding_bag / decode, {chosen}", theirs, ours, work)
 
 
 def bench_gradient(setting: Setting) -> Iterator[Row]:
@@ -115,19 +120,27 @@ def gradient_rows(case: Case, setting: Setting, data: Data, usage: Usage) -> Ite
     row = partial(measure, setting, f"{case.name}, {usage}")
     code, of_code = (to_dense(v, indices, case.f, setting.dtype) for v in (values, of_values))
     dense = partial(dense_outers(), code, of_code, errors.astype(setting.dtype), x)
-    for impl in implementations(setting, outer._KERNELS):
+    chosen = picked(setting, outer._KERNELS, values, indices, errors, latents=case.f)
+    for impl in implementations(setting, outer._KERNELS) if usage == "heavy" else (chosen,):
         ours = partial(outers(case.f, impl), values, of_values, indices, errors, x)
         yield from row(f"sparse_outer of both matrices, {impl} / dense matmuls", ours, dense)
-        for name, weights, rows, dense_code in (("decoder", values, errors, code), ("encoder", of_values, x, of_code)):
+    if usage == "heavy":
+        sides = {"decoder": (values, errors, code), "encoder": (of_values, x, of_code)}
+        for name, (weights, rows, dense_code) in sides.items():
+            ours = partial(outer_of(case.f, chosen), weights, indices, rows)
             one = partial(dense_outer(), dense_code, rows.astype(setting.dtype))
-            moved = float(setting.tokens * case.k * case.d * rows.dtype.itemsize + 4 * case.f * (case.d + 1))
-            ours = partial(outer_of(case.f, impl), weights, indices, rows)
-            work = Work(moved, "B/s", copy_bandwidth(setting.sample))
-            yield from row(f"sparse_outer of the {name}, {impl} / dense matmul", ours, one, work)
-    transposed = partial(dense_dot(), errors.astype(setting.dtype), data.w_dec)
-    for impl in implementations(setting, decoding._DOT_KERNELS):
-        call = partial(dot(impl), errors, indices, data.w_dec)
-        yield from row(f"gather_dot, {impl} / dense matmul", call, transposed, _rows_read(case, setting))
+            yield from row(
+                f"sparse_outer of the {name}, {chosen} / dense matmul", ours, one, _moved(case, setting, rows)
+            )
+    yield from _dot_rows(case, setting, errors, indices, data.w_dec, usage)
+
+
+def _dot_rows(case: Case, setting: Setting, errors, indices, w_dec: jax.Array, usage: Usage) -> Iterator[Row]:
+    dense = partial(dense_dot(), errors.astype(setting.dtype), w_dec)
+    chosen = picked(setting, decoding._DOT_KERNELS, errors, indices, w_dec)
+    for impl in implementations(setting, decoding._DOT_KERNELS) if usage == "heavy" else (chosen,):
+        call, what = partial(dot(impl), errors, indices, w_dec), f"gather_dot, {impl} / dense matmul"
+        yield from measure(setting, f"{case.name}, {usage}", what, call, dense, _rows_read(case, setting))
 
 
 # Each of these is one jitted function however often it is asked for: cases and codes of a shape share a compilation.
@@ -218,6 +231,12 @@ def dense_outers() -> Callable[..., Any]:
 
 def _options(dtype: Any) -> dict[str, Any]:
     return {"precision": precision(dtype), "preferred_element_type": jnp.float32}
+
+
+def _moved(case: Case, setting: Setting, rows: jax.Array) -> Work:
+    """A row read per slot, the gradient written once."""
+    read = float(setting.tokens * case.k * case.d * rows.dtype.itemsize)
+    return Work(read + 4 * case.f * (case.d + 1), "B/s", copy_bandwidth(setting.sample))
 
 
 def _rows_read(case: Case, setting: Setting) -> Work:
