@@ -1,7 +1,7 @@
 """The one door to Pallas on TPUs (Mosaic): its names, and what every call of it needs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import pallas as pl
@@ -32,15 +32,15 @@ def not_tpu(device: Device) -> str | None:
 
 
 def vmem_bytes(device: Device) -> int:
-    """Bytes of vector memory of a core of a device that `not_tpu` accepts."""
-    return _VMEM[device.kind] << 20
+    """Bytes of vector memory of a core; a simulation elsewhere plans with as many as the smallest has."""
+    return _VMEM.get(device.kind, min(_VMEM.values())) << 20
 
 
 def call(
     body: Callable[..., None],
     *arrays: jax.Array,
     out: Sequence[tuple[tuple[int, ...], Any]],
-    semantics: Sequence[str],
+    semantics: Sequence[Literal["parallel", "arbitrary"]],
     vmem: int,
     interpret: Any = None,
     checks: bool = True,

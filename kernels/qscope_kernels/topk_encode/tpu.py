@@ -1,0 +1,105 @@
+"""The form for TPUs: one matmul that keeps the largest pre-activations of every bin, a small top-k, and a certificate.
+
+What a bin drops is no larger than the last value it keeps. So if no bin's last kept value exceeds the k-th largest of
+all kept ones, these hold the row's k largest; every row is checked, and the few that fail are encoded densely.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qscope_kernels.dispatch import Device, device_of
+from qscope_kernels.topk_encode import tpu_plan
+from qscope_kernels.topk_encode.ref import pre_activations
+from qscope_kernels.topk_encode.tpu_lists import bin_lists, chunk_bits, split_key
+
+# Rows that one pass of the dense fallback takes.
+_CAPACITY = 64
+
+
+def topk_encode(
+    x: jax.Array,
+    w_enc: jax.Array,
+    b_enc: jax.Array,
+    *,
+    k: int,
+    contract: str,
+    plan: tpu_plan.Plan | None = None,
+    kind: str | None = None,
+    capacity: int = _CAPACITY,
+    with_failures: bool = False,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """Top k of x [n, d], values and indices [n, k]; then the number of rows that took the fallback, if asked.
+
+    "exact" ranks float32-accumulated pre-activations; ties go to any of equal value. "fast" ranks them with their last
+    `chunk_bits` mantissa bits dropped (8 to 10 of 23 for the released shapes), ties again to any, and its values are
+    the middles of what shares the rest: at most 2^(bits - 24) of the value away, so no more than 2^-14. Rows of the
+    fallback have exact values in both.
+
+    An order of the latents that puts a row's largest ones into one bin (columns equal modulo `plan.bins`) makes that
+    row take the fallback: it costs time, never the result. Rows with a pre-activation that is not finite take it too;
+    a NaN then ranks above all. `plan` and `kind` (of device) are chosen from the shapes and the device where not given;
+    `capacity` rows at a time take the fallback; `interpret` simulates the kernels.
+    """
+    n, f = x.shape[0], w_enc.shape[1]
+    chip = tpu_plan.chip(kind or device_of(x, w_enc, b_enc).kind) or tpu_plan.SMALLEST
+    if (plan := plan or tpu_plan.make_plan(chip, x, w_enc, k)) is None:
+        raise ValueError(f"no tiles of x {x.shape} and w_enc {w_enc.shape} with k = {k} fit; see `unsuited`")
+    exact = contract == "exact"
+    lists = bin_lists(x, w_enc, b_enc, plan=plan, exact=exact, vmem=chip.vmem, interpret=interpret)
+    values, indices, failed = _finish(lists, latents=f, k=k, plan=plan)
+    values, indices = _repair(x, w_enc, b_enc, values, indices, failed, min(capacity, n))
+    return (values, indices, jnp.sum(failed, dtype=jnp.int32)) if with_failures else (values, indices)
+
+
+def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str) -> str | None:
+    """Why `topk_encode` cannot serve this, or None."""
+    del b_enc, contract
+    chip, f = tpu_plan.chip(device.kind), w_enc.shape[1]
+    if chip is None:
+        return f"nothing is known of {device.kind}; known are {', '.join(tpu_plan.KINDS)}"
+    for array in (x, w_enc):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"it multiplies bfloat16 and float32, not {array.dtype}"
+    if 0 in x.shape:
+        return f"x is empty: {x.shape}"
+    if tpu_plan.choose_bins(f, k) is None:
+        return f"k = {k} of {f} needs more candidates than it sorts"
+    if tpu_plan.make_plan(chip, x, w_enc, k) is None:
+        return f"vectors of {x.shape[1]} do not fit in {chip.vmem >> 20} MiB of VMEM"
+    return None
+
+
+def _finish(lists: list[jax.Array], *, latents: int, k: int, plan: tpu_plan.Plan) -> tuple[jax.Array, ...]:
+    """Values and indices [n, k] of the largest candidates, and which rows [n] the certificate does not cover."""
+    kept, total = lists[0][:-1], lists[0][-1]
+    bits = chunk_bits(latents, plan.bins)
+    flat = lambda a: a.transpose(1, 0, 2).reshape(a.shape[1], -1)  # noqa: E731
+    keys, slots = jax.lax.top_k(flat(kept), k)
+    if len(lists) == 2:
+        values, chunks = keys, jnp.take_along_axis(flat(lists[1]), slots, axis=1)
+    else:
+        values, chunks = split_key(keys, bits)
+        kept, _ = split_key(kept, bits)
+    indices = jnp.minimum(chunks * plan.bins + slots % plan.bins, latents - 1)
+    failed = ~jnp.all(jnp.isfinite(total), axis=1)
+    if -(-latents // plan.bins) > plan.keep:  # else nothing is ever dropped
+        failed |= jnp.max(kept[-1], axis=1) > values[:, -1]
+    return values, indices, failed
+
+
+def _repair(x, w_enc, b_enc, values, indices, failed, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Encodes the failed rows densely, `capacity` of them at a time, until none is left."""
+    n, k = values.shape
+
+    def encode(state):
+        values, indices, failed = state
+        rows = jnp.nonzero(failed, size=capacity, fill_value=n)[0]
+        pre = pre_activations(x.at[rows].get(mode="clip"), w_enc, b_enc)
+        best, where = jax.lax.top_k(pre, k)
+        values = values.at[rows].set(jax.nn.relu(best), mode="drop")
+        return values, indices.at[rows].set(where, mode="drop"), failed.at[rows].set(False, mode="drop")
+
+    return jax.lax.while_loop(lambda state: jnp.any(state[2]), encode, (values, indices, failed))[:2]
