@@ -8,19 +8,23 @@ import jax
 
 
 class Device(NamedTuple):
-    """What a program is made for: "cpu", "gpu" or "tpu", and the kind, such as "TPU v6 lite" or "NVIDIA H200"."""
+    """What a program is made for: "cpu", "gpu" or "tpu", the kind, such as "TPU v6 lite" or "NVIDIA H200", and how many
+    cores (of a GPU: streaming multiprocessors) one has, where that is known."""
 
     platform: str
     kind: str
+    cores: int | None = None
 
 
 class Kernel(NamedTuple):
-    """A hand-written implementation. `unsuited` takes the device and then what `run` takes, and says in a few words
-    why `run` cannot serve that; None where it can."""
+    """An implementation for one platform. `unsuited` takes the device and then what `run` takes, and says in a few
+    words why `run` cannot serve that; None where it can. One that is not `automatic` runs only where it is named: no
+    measurement shows yet that it is the better choice."""
 
     platform: str
     run: Callable[..., Any]
     unsuited: Callable[..., str | None]
+    automatic: bool = True
 
 
 def device_of(*arrays: jax.Array) -> Device:
@@ -28,11 +32,11 @@ def device_of(*arrays: jax.Array) -> Device:
     for array in arrays:
         device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
         if device is not None:
-            return Device(device.platform, device.device_kind)
+            return Device(device.platform, device.device_kind, device.num_cores)
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         default = jax.devices(default)[0]
-    return Device(default.platform, default.device_kind)
+    return Device(default.platform, default.device_kind, getattr(default, "core_count", None))
 
 
 def pick(
@@ -50,10 +54,9 @@ def pick(
     """
     device = device_of(*arrays)
     if impl is None:
-        for kernel in kernels.values():
-            if kernel.platform == device.platform and kernel.unsuited(device, *arrays, **options) is None:
-                return kernel.run
-        return portable["xla"]
+        offered = (kernel for kernel in kernels.values() if kernel.automatic and kernel.platform == device.platform)
+        suited = (kernel.run for kernel in offered if kernel.unsuited(device, *arrays, **options) is None)
+        return next(suited, portable["xla"])
     if impl in portable:
         return portable[impl]
     if impl not in kernels:

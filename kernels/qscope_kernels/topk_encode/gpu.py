@@ -1,77 +1,46 @@
-"""The form for Hopper GPUs: a matmul that also gives group maxima, and two small top-ks. Exact for any data.
-
-At most k groups hold one of a row's k largest values, and each of those groups has a maximum at least as large as the
-k-th value; so the k groups of largest maxima hold k values that no other value exceeds.
-"""
-
-from typing import Any
+"""The form for Hopper GPUs: one matmul that also gives group maxima, so that pre-activations are not read again."""
 
 import jax
 import jax.numpy as jnp
 
-from qscope_kernels.dispatch import Device
+from qscope_kernels.blocks import map_blocks
+from qscope_kernels.dispatch import Device, device_of
 from qscope_kernels.pallas_gpu import not_hopper
+from qscope_kernels.topk_encode.cuda import CHUNK_ELEMENTS, largest
 from qscope_kernels.topk_encode.gpu_matmul import GROUP, Tiling, matmul_maxima
 
-# Bound on the pre-activations that exist at once, in elements: 2 GiB of float32.
-_CHUNK_ELEMENTS = 1 << 29
-# Fewer rows than this do not fill the tiles of the matmul.
-_FEWEST_ROWS = 128
+_TILING = Tiling()
+_CORES = 132  # of an H100 or H200, where the device does not tell
 
 
 def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str) -> str | None:
     """Why `topk_encode` cannot serve this, or None."""
-    del b_enc, contract
-    (n, d), f, tiling = x.shape, w_enc.shape[1], Tiling()
+    del contract
+    (_, d), f = x.shape, w_enc.shape[1]
     if why := not_hopper(device):
         return why
-    if not x.dtype == w_enc.dtype == jnp.bfloat16:
-        return f"it multiplies bfloat16 by bfloat16, not {x.dtype} by {w_enc.dtype}"
-    if d % tiling.inner or f % tiling.columns:
-        return f"it needs d in steps of {tiling.inner} and latents in steps of {tiling.columns}, not {d} and {f}"
-    if k > f // GROUP:
-        return f"k = {k} exceeds {f // GROUP}, the number of groups of {GROUP} latents"
-    return f"it needs {_FEWEST_ROWS} vectors, not {n}" if n < _FEWEST_ROWS else None
+    if not x.dtype == w_enc.dtype == b_enc.dtype == jnp.bfloat16:
+        return f"it takes bfloat16 alone, not {x.dtype}, {w_enc.dtype} and {b_enc.dtype}"
+    if d % _TILING.inner or f % _TILING.columns:
+        return f"it needs d in steps of {_TILING.inner} and latents in steps of {_TILING.columns}, not {d} and {f}"
+    return f"k = {k} exceeds {f // GROUP}, the number of groups of {GROUP} latents" if k > f // GROUP else None
 
 
 def topk_encode(
-    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str, cores: int = 132, tiling: Tiling = Tiling()
+    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str, tiling: Tiling = _TILING
 ) -> tuple[jax.Array, jax.Array]:
-    """Top k of x [n, d], in even chunks of rows that the matmul's tiles divide.
+    """Top k of x [n, d] @ w_enc [d, f] + b_enc, a chunk of tokens at a time; ties go to any.
 
-    "exact" ranks float32 pre-activations, "fast" those rounded to bfloat16, which then are the values. Ties go to any.
+    "exact" ranks float32 pre-activations; "fast" rounds them to bfloat16 first, and these are then the values.
     """
     dtype = jnp.float32 if contract == "exact" else jnp.bfloat16
+    cores = device_of(x).cores or _CORES
 
     def encode_rows(rows):
-        pre, maxima = matmul_maxima(rows, w_enc, b_enc, sms=cores, dtype=dtype, tiling=tiling)
-        return _largest(pre, maxima.T, k)
+        spare = -len(rows) % tiling.height
+        padded = jnp.pad(rows, ((0, spare), (0, 0)))
+        pre, maxima = matmul_maxima(padded, w_enc, b_enc, cores=cores, dtype=dtype, tiling=tiling)
+        values, indices = largest(pre, maxima.T, k)
+        return values[: len(rows)], indices[: len(rows)]
 
-    n, tile = x.shape[0], 2 * tiling.rows * tiling.cluster
-    tiles = -(-n // tile)
-    chunks = -(-tiles * tile // max(tile, _CHUNK_ELEMENTS // w_enc.shape[1]))
-    chunk = -(-tiles // chunks) * tile
-    padded = jnp.pad(x, ((0, chunks * chunk - n), (0, 0)))
-    if chunks == 1:
-        values, indices = encode_rows(padded)
-        return values[:n], indices[:n]
-    values, indices = jax.lax.map(encode_rows, padded.reshape(chunks, chunk, x.shape[1]))
-    return values.reshape(-1, k)[:n], indices.reshape(-1, k)[:n]
-
-
-def _largest(pre: jax.Array, maxima: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of pre [n, f], sorted, from the maxima [n, f / GROUP] of its groups."""
-    n = pre.shape[0]
-    _, groups = _top_k(maxima, k)
-    held = jnp.take_along_axis(pre.reshape(n, -1, GROUP), groups[:, :, None], axis=1)
-    values, slots = _top_k(held.reshape(n, k * GROUP), k)
-    indices = jnp.take_along_axis(groups, slots // GROUP, axis=1) * GROUP + slots % GROUP
-    return jax.nn.relu(values.astype(jnp.float32)), indices
-
-
-def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    # A NaN with its sign bit set would rank below all numbers and go unseen.
-    x = jnp.where(jnp.isnan(x), jnp.nan, x)
-    # Stable, XLA sorts whole rows on CUDA; JAX 0.10 knows nothing else.
-    unstable: dict[str, Any] = {"is_stable": False} if jax.__version_info__ >= (0, 11) else {}
-    return jax.lax.top_k(x, k, **unstable)
+    return map_blocks(encode_rows, (x,), CHUNK_ELEMENTS // w_enc.shape[1])

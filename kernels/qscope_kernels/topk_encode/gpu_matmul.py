@@ -1,149 +1,158 @@
-"""A Hopper matmul that stores pre-activations and, from its registers, the maximum of every group of columns.
+"""A matmul for Hopper GPUs that stores pre-activations and, while they are in registers, every group's maximum.
 
-pre = x @ w_enc + b_enc;    maxima[j] = max of pre over the columns GROUP*j .. GROUP*(j+1) - 1
+pre = x @ w_enc + b_enc,    maxima[j] = max of pre over the columns GROUP * j .. GROUP * (j + 1) - 1
+
+One warpgroup fetches tiles, two multiply. Blocks stay on their processor and take tile after tile; those of a cluster
+lie one below the other and fetch a tile of w_enc once for all.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qscope_kernels.pallas_gpu import call, pl, plgpu
 
 GROUP = 32  # columns per maximum
+_SMALLEST = 128  # bytes that the copy engine and the tensor cores read at once
 
 
 class Tiling(NamedTuple):
-    """How the product is cut; the defaults are those that measured best."""
+    """How the product is cut: sizes of the tiles and the order in which they are taken."""
 
-    rows: int = 64  # of one compute warpgroup; a block has two of them, one below the other
+    rows: int = 64  # of each of the two warpgroups that multiply, one below the other
     columns: int = 256
     inner: int = 64
-    stages: int = 4
-    cluster: int = 2  # blocks one below the other that read a tile of w_enc once for all
-    by_rows: bool = True  # walk down the rows first
-    panel: int = 8  # tiles of the walked axis before turning
-    staged: bool = True
+    stages: int = 4  # of float32 results one fewer: shared memory holds their way out too
+    cluster: int = 2
+    panel: int = 8  # tiles one below the other before the next to the right
+
+    @property
+    def height(self) -> int:
+        """Rows that a cluster makes at once; it must divide the number of rows."""
+        return 2 * self.rows * self.cluster
 
 
 def matmul_maxima(
-    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, sms: int, dtype=jnp.float32, tiling: Tiling = Tiling()
+    x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, cores: int, dtype: Any, tiling: Tiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Pre-activations [n, f] in `dtype` and the float32 group maxima [f / GROUP, n] of what is stored."""
-    (n, _), f = x.shape, w_enc.shape[1]
-    out = jax.ShapeDtypeStruct((n, f), dtype), jax.ShapeDtypeStruct((f // GROUP, n), jnp.float32)
-    run = plgpu.kernel(
-        lambda *refs: _kernel(*refs, tiling=tiling),
-        out_type=out,
-        grid=(sms // tiling.cluster,),
-        grid_names=("block",),
+    """Pre-activations [n, f], rounded from float32 to `dtype`, and the maxima [f / GROUP, n] of the rounded."""
+    n, f = x.shape[0], w_enc.shape[1]
+    tiles = (n // tiling.height) * (f // tiling.columns)
+
+    def matmul(*refs):  # its name is the kernel's
+        _Program(*refs, tiling=tiling).run()
+
+    pre, maxima = call(
+        matmul,
+        *(x, w_enc, b_enc),
+        out=[((n, f), dtype), ((f // GROUP, n), jnp.float32)],
+        blocks=min(cores // tiling.cluster, tiles),
         cluster=(tiling.cluster,),
-        cluster_names=("cluster",),
-        num_threads=3,  # two that multiply, one that fetches
+        cluster_names=("member",),
+        num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return run(x, w_enc, b_enc)
+    return pre, maxima
 
 
-def _kernel(x, w_enc, b_enc, pre, maxima, *, tiling: Tiling):
-    (n, d), f = x.shape, w_enc.shape[1]
-    rows, columns, inner = tiling.rows, tiling.columns, tiling.inner
-    block_rows = 2 * rows
-    down, across = n // (block_rows * tiling.cluster), f // columns
-    operand = _swizzled(inner, x.dtype)
+class _Program(NamedTuple):
+    """What one block does, with the refs it works on."""
 
-    def pipeline(body, context):
+    x: Any
+    w_enc: Any
+    b_enc: Any
+    pre: Any
+    maxima: Any
+    tiling: Tiling
+
+    def run(self) -> None:
+        """Takes tiles until none is left. What lies in shared memory stays there from tile to tile."""
+        rows, columns = self.tiling.rows, self.tiling.columns
+        pl.run_scoped(
+            self.tiles,
+            self.pipeline(_nothing, _nothing).get_allocations(self.x, self.w_enc),
+            plgpu.SMEM((2, 2, rows, GROUP), self.pre.dtype, transforms=_transforms(GROUP, self.pre.dtype)),
+            plgpu.SMEM((2, columns), self.b_enc.dtype),
+            plgpu.Barrier(num_barriers=2),
+            collective_axes="warpgroup",
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+    def pipeline(self, step: Callable[..., Any], around: Callable[..., Any]) -> Any:
+        """`step` over all tiles of the inner dimension, fetched ahead; `around` holds what else a tile needs."""
+        t = self.tiling
+        shared = {"transforms": _transforms(t.inner, self.x.dtype), "memory_space": plgpu.SMEM}
+        together = {"collective_axes": ("member",)} if t.cluster > 1 else {}
         return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(d // inner,),
+            step,
+            grid=(self.x.shape[1] // t.inner,),
             memory_registers=40,
             in_specs=[
-                plgpu.BlockSpec((block_rows, inner), lambda i: (0, i), transforms=operand, memory_space=plgpu.SMEM),
-                plgpu.BlockSpec(
-                    (inner, columns),
-                    lambda i: (i, 0),
-                    transforms=operand,
-                    memory_space=plgpu.SMEM,
-                    collective_axes=("cluster",) if tiling.cluster > 1 else (),
-                ),
+                plgpu.BlockSpec((2 * t.rows, t.inner), lambda i: (0, i), **shared),
+                plgpu.BlockSpec((t.inner, t.columns), lambda i: (i, 0), **shared, **together),
             ],
             wg_axis="warpgroup",
             num_compute_wgs=2,
-            max_concurrent_steps=tiling.stages,
-            compute_context=context,
+            max_concurrent_steps=t.stages - (self.pre.dtype == jnp.float32),
+            compute_context=around,
         )
 
-    def nothing(*_, **__):
-        pass
+    def tiles(self, fetched: Any, leaving: Any, bias: Any, arrived: Any) -> None:
+        """Multiplies this block's share of the tiles, one after the other."""
+        t, warpgroup = self.tiling, lax.axis_index("warpgroup")
+        down, across = self.pre.shape[0] // t.height, self.pre.shape[1] // t.columns
+        mine = pl.ds(warpgroup * t.rows, t.rows)
 
-    def tiles(buffers, stored, bias, arrived):
-        warpgroup, member = lax.axis_index("warpgroup"), lax.axis_index("cluster")
+        def multiply(_, x, w, total):
+            plgpu.wgmma(total, x.at[mine], w)
+            plgpu.wgmma_wait(0)
+            return total
 
         @plgpu.nd_loop((down * across,), collective_axes="block")
         def _(loop):
-            i, j = plgpu.planar_snake(loop.index[0], (down, across), 0 if tiling.by_rows else 1, tiling.panel)
-            first = (i * tiling.cluster + member) * block_rows
-            mine = pl.ds(warpgroup * rows, rows)
+            i, j = plgpu.planar_snake(loop.index[0], (down, across), 0, t.panel)
+            first = (i * t.cluster + lax.axis_index("member")) * 2 * t.rows
+            columns, groups = pl.ds(j * t.columns, t.columns), pl.ds(j * (t.columns // GROUP), t.columns // GROUP)
+            own = pl.ds(first + warpgroup * t.rows, t.rows)
 
-            def multiply(_, x_tile, w_tile, acc):
-                plgpu.wgmma(acc, x_tile.at[mine], w_tile)
-                plgpu.wgmma_wait(0)
-                return acc
-
-            def finish(run):
-                def with_sum(acc):
-                    plgpu.copy_gmem_to_smem(
-                        b_enc.at[pl.ds(j * columns, columns)], bias.at[warpgroup], arrived.at[warpgroup]
-                    )
-                    run(acc)
+            def around(run):
+                def summed(total):
+                    plgpu.copy_gmem_to_smem(self.b_enc.at[columns], bias.at[warpgroup], arrived.at[warpgroup])
+                    run(total)
                     plgpu.barrier_wait(arrived.at[warpgroup])
-                    _store(
-                        acc[...],
-                        bias.at[warpgroup],
-                        pre.at[pl.ds(first + warpgroup * rows, rows), pl.ds(j * columns, columns)],
-                        maxima.at[pl.ds(j * (columns // GROUP), columns // GROUP), pl.ds(first + warpgroup * rows, rows)],
-                        stored and stored.at[warpgroup],
-                    )
+                    out = self.pre.at[own, columns], self.maxima.at[groups, own]
+                    _store(total[...], bias.at[warpgroup], *out, leaving.at[warpgroup])
 
-                pl.run_scoped(with_sum, plgpu.ACC((rows, columns), jnp.float32))
+                pl.run_scoped(summed, plgpu.ACC((t.rows, t.columns), jnp.float32))
 
-            pipeline(multiply, finish)(
-                x.at[pl.ds(first, block_rows)], w_enc.at[:, pl.ds(j * columns, columns)], allocations=buffers
-            )
-
-    pl.run_scoped(
-        tiles,
-        pipeline(nothing, nothing).get_allocations(x, w_enc),
-        plgpu.SMEM((2, 2, rows, GROUP), pre.dtype, transforms=_swizzled(GROUP, pre.dtype)) if tiling.staged else None,
-        plgpu.SMEM((2, columns), b_enc.dtype),
-        plgpu.Barrier(num_barriers=2),
-        collective_axes="warpgroup",
-    )
-    plgpu.wait_smem_to_gmem(0)
+            arrays = self.x.at[pl.ds(first, 2 * t.rows)], self.w_enc.at[:, columns]
+            self.pipeline(multiply, around)(*arrays, allocations=fetched)
 
 
-def _store(acc, bias, pre, maxima, buffers):
-    """Adds the bias, reduces each group of columns, and sends the group's tile on its way while the next is made."""
+def _store(total: jax.Array, bias: Any, pre: Any, maxima: Any, buffers: Any) -> None:
+    """Adds the bias to [rows, columns], and per group of columns stores the maxima and sends the tile on its way."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for group in range(acc.shape[1] // GROUP):
-        columns = slice(group * GROUP, (group + 1) * GROUP)
-        offset = bias[pl.ds(group * GROUP, GROUP)]
-        tile = (acc[:, columns] + lax.broadcast_in_dim(offset.astype(jnp.float32), (acc.shape[0], GROUP), (1,))).astype(
-            pre.dtype
-        )
+    for group in range(total.shape[1] // GROUP):
+        columns, buffer = pl.ds(group * GROUP, GROUP), buffers.at[group % 2]
+        part = total[:, group * GROUP : (group + 1) * GROUP]
+        tile = (part + lax.broadcast_in_dim(bias[columns].astype(jnp.float32), part.shape, (1,))).astype(pre.dtype)
         maxima[group, :] = jnp.max(tile.astype(jnp.float32), axis=1)
-        if buffers is None:
-            pre[:, pl.ds(group * GROUP, GROUP)] = tile
-            continue
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the buffer of the group before the last is free again
-        buffers[group % 2] = tile
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # this buffer has left; the other may be on its way
+        buffer[...] = tile
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffers.at[group % 2], pre.at[:, pl.ds(group * GROUP, GROUP)])
+        plgpu.copy_smem_to_gmem(buffer, pre.at[:, columns])
 
 
-def _swizzled(width: int, dtype) -> tuple:
-    """The layout in shared memory of rows of `width` elements, as the tensor cores and the copy engine want it."""
-    swizzle = plgpu.find_swizzle(width * jnp.dtype(dtype).itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+def _transforms(width: int, dtype: Any) -> tuple[Any, ...]:
+    """How rows of `width` elements lie in shared memory, so that no two threads ask one bank."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = min(_SMALLEST, width * itemsize)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for a step where only the memory of a pipeline is asked for."""
