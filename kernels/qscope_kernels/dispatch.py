@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: the one asked for, else the kernel of the device where it serves these
 shapes, else the portable one. Decided while tracing, from the device that the arrays are on."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,15 @@ class Kernel(NamedTuple):
     run: Callable[..., Any]
     unsuited: Callable[..., str | None]
     automatic: bool = True
+
+
+def deferred(platform: str, module: str, name: str, *, automatic: bool = True) -> Kernel:
+    """The kernel `name` of a module, which is imported when a device of that platform asks: Pallas takes a while."""
+
+    def called(function: str) -> Callable[..., Any]:
+        return lambda *args, **options: getattr(importlib.import_module(module), function)(*args, **options)
+
+    return Kernel(platform, called(name), called("unsuited"), automatic)
 
 
 def device_of(*arrays: jax.Array) -> Device:

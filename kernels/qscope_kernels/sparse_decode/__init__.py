@@ -11,14 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qscope_kernels import sparse_outer
-from qscope_kernels.dispatch import Kernel, pick
+from qscope_kernels.dispatch import deferred, pick
 from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_decode import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_decode, "xla": xla.sparse_decode}
-_KERNELS: dict[str, Kernel] = {}
+_KERNELS = {
+    "tpu": deferred("tpu", f"{__name__}.tpu", "sparse_decode"),
+    "gpu": deferred("gpu", f"{__name__}.gpu", "sparse_decode", automatic=False),
+}
 _DOT_IMPLEMENTATIONS = {"ref": ref.gather_dot, "xla": xla.gather_dot}
-_DOT_KERNELS: dict[str, Kernel] = {}
+_DOT_KERNELS = {
+    "tpu": deferred("tpu", f"{__name__}.tpu", "gather_dot"),
+    "gpu": deferred("gpu", f"{__name__}.gpu", "gather_dot", automatic=False),
+}
 
 
 def sparse_decode(
@@ -90,7 +96,7 @@ def _check_matrix(name: str, w: Array) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decode(run: Callable[..., jax.Array], impl, values, indices, w_dec):
+def _decode(run: Callable[..., jax.Array], impl, values, indices, w_dec) -> jax.Array:
     return run(values, indices, w_dec)
 
 

@@ -6,12 +6,16 @@ out[f] = sum of values[n, a] * rows[n],  total[f] = sum of values[n, a],    over
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import Kernel, pick
+from qscope_kernels.dispatch import deferred, pick
 from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_outer import ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.sparse_outer, "xla": xla.sparse_outer}
-_KERNELS: dict[str, Kernel] = {}
+_KERNELS = {
+    "tpu": deferred("tpu", f"{__name__}.tpu", "sparse_outer"),
+    # Unmeasured, and yet automatic: what XLA makes of the portable form on CUDA gives other bits at every run.
+    "gpu": deferred("gpu", f"{__name__}.gpu", "sparse_outer"),
+}
 
 
 def sparse_outer(

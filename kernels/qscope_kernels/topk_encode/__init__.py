@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.dispatch import Kernel, pick
+from qscope_kernels.dispatch import deferred, pick
 from qscope_kernels.topk_encode import gradient, ref, xla
 
 _IMPLEMENTATIONS = {"ref": ref.topk_encode, "xla": xla.topk_encode}
-_KERNELS: dict[str, Kernel] = {}
+_KERNELS = {
+    "tpu": deferred("tpu", f"{__name__}.tpu", "topk_encode"),
+    "cuda": deferred("gpu", f"{__name__}.cuda", "topk_encode"),
+    "gpu": deferred("gpu", f"{__name__}.gpu", "topk_encode", automatic=False),
+}
 
 
 def topk_encode(
