@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qscope_kernels.sparse_decode import _IMPLEMENTATIONS, sparse_decode
+from qscope_kernels.sparse_decode import _IMPLEMENTATIONS, gather_dot, sparse_decode, xla
 
 IMPLEMENTATIONS = sorted(_IMPLEMENTATIONS)
 decode = jax.jit(sparse_decode, static_argnames="impl")
+dot = jax.jit(gather_dot, static_argnames="impl")
 F, D, K = 12, 5, 4
 W_DEC = np.random.default_rng(0).normal(size=(F, D)).astype(np.float32)
 
@@ -80,12 +81,95 @@ def test_gradients_equal_those_of_the_definition(impl):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_the_backward_pass_keeps_no_row_per_slot():
+@pytest.mark.parametrize("k", [1, 9, 10, 11, 25])
+def test_any_number_of_slots(k):
+    """Groups of ten and what they leave over."""
+    rng = np.random.default_rng(k)
+    values, indices = rng.normal(size=(3, k)).astype(np.float32), rng.integers(0, F, (3, k))
+    np.testing.assert_allclose(
+        decode(values, indices, W_DEC, impl="xla"), oracle(values, indices), rtol=1e-5, atol=1e-5
+    )
+
+
+def shapes(n, k, d, f, dtype):
+    return [jax.ShapeDtypeStruct(s, t) for s, t in (((n, k), "float32"), ((n, k), "int32"), ((f, d), dtype))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_row_per_slot_exists_and_no_wide_copy_of_the_weights(dtype, monkeypatch):
+    n, k, d, f = 64, 40, 128, 8192
+    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", 8 * k * d)
+    values, indices, w = shapes(n, k, d, f, dtype)
+    rows = jax.ShapeDtypeStruct((n, d), jnp.float32)
+    for compiled in (
+        jax.jit(lambda *a: sparse_decode(*a, impl="xla")).lower(values, indices, w).compile(),
+        jax.jit(lambda *a: gather_dot(*a, impl="xla")).lower(rows, indices, w).compile(),
+    ):
+        assert compiled.memory_analysis().temp_size_in_bytes < n * k * d * 4 // 4 < f * d * 4 // 4
+
+
+def test_the_backward_pass_keeps_no_row_per_slot(monkeypatch):
     n, k, d, f = 64, 32, 128, 256
-    loss = lambda v, w: jnp.sum(sparse_decode(v, jnp.zeros((n, k), int), w, impl="xla") ** 2)  # noqa: E731
-    shapes = jax.ShapeDtypeStruct((n, k), jnp.float32), jax.ShapeDtypeStruct((f, d), jnp.float32)
-    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < n * k * d * 4 // 2
+    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", 8 * k * d)
+    loss = lambda v, i, w: jnp.sum(sparse_decode(v, i, w, impl="xla") ** 2)  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*shapes(n, k, d, f, "float32")).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k * d * 4 // 2
+
+
+def test_what_no_gradient_asks_for_is_not_computed():
+    n, k, d, f = 6, 3, 5, 77
+    target = jnp.ones((n, d))
+
+    def compiled(argument):
+        loss = lambda v, i, w: jnp.sum(target * sparse_decode(v, i, w, impl="xla"))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=argument)).lower(*shapes(n, k, d, f, "float32")).compile()
+
+    of_values, of_weights = compiled(0), compiled(2)
+    # The sum over latents is in one alone, the weights are read by the other alone: unread arguments are dropped.
+    assert ("scatter" in of_weights.as_text(), "scatter" in of_values.as_text()) == (True, False)
+    sizes = [text.memory_analysis().argument_size_in_bytes for text in (of_values, of_weights)]
+    assert sizes == [4 * (n * k + f * d), 4 * 2 * n * k]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids=str)
+def test_cotangents_have_the_types_of_what_they_belong_to(dtypes):
+    arrays = jnp.ones((2, K), dtypes[0]), jnp.ones((F, D), dtypes[1])
+    loss = lambda v, w: jnp.sum(sparse_decode(v, jnp.zeros((2, K), int), w, impl="xla"))  # noqa: E731
+    found = jax.grad(loss, argnums=(0, 1))(*arrays)
+    assert tuple(part.dtype.name for part in found) == dtypes
+    np.testing.assert_array_equal(found[0], np.full((2, K), D))
+    np.testing.assert_array_equal(found[1][0], np.full(D, 2 * K))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_gather_dot_multiplies_rows_with_those_named(impl, dtype, n, monkeypatch):
+    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", 3 * K * D)  # blocks of three tokens
+    rng = np.random.default_rng(n)
+    rows, w = jnp.asarray(rng.normal(size=(n, D)), dtype), jnp.asarray(W_DEC, dtype)
+    indices = rng.integers(-3, F + 3, (n, K))  # beyond the latents: the nearest
+    expected = np.einsum("nd,nad->na", np.asarray(rows, float), np.asarray(w, float)[np.clip(indices, 0, F - 1)])
+    found = gather_dot(rows, indices, w, impl=impl)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_with_what_was_expected():
+    values, indices, rows = jnp.zeros((2, 3)), jnp.zeros((2, 3), int), jnp.zeros((2, D))
+    with pytest.raises(ValueError, match="indices are float32; expected an integer dtype"):
+        sparse_decode(values, values, W_DEC)
+    with pytest.raises(ValueError, match="values are int32; expected a floating dtype"):
+        sparse_decode(indices, indices, W_DEC)
+    with pytest.raises(ValueError, match=r"w_dec is int32 \(12, 5\); expected floating \[f, d\]"):
+        sparse_decode(values, indices, W_DEC.astype(int))
+    with pytest.raises(ValueError, match=r"w_dec is float32 \(5,\); expected floating \[f, d\]"):
+        sparse_decode(values, indices, W_DEC[0])
+    with pytest.raises(ValueError, match="indices are float32; expected an integer dtype"):
+        gather_dot(rows, values, W_DEC)
+    for wrong in ((rows[:1], indices), (rows[:, :4], indices), (rows, indices[0]), (rows[0], indices)):
+        with pytest.raises(ValueError, match=r"do not fit; expected \[n, d\], \[n, k\] and \[f, d\]"):
+            gather_dot(*wrong, W_DEC)
 
 
 def test_values_and_indices_have_one_shape():
@@ -94,5 +178,5 @@ def test_values_and_indices_have_one_shape():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"sparse_decode has no implementation 'tpu9'; there are \['ref', 'xla'\]"):
+    with pytest.raises(ValueError, match=r"sparse_decode has no implementation 'tpu9'; there are \[.*'ref', .*'xla'\]"):
         sparse_decode(jnp.zeros((2, 3)), jnp.zeros((2, 3), int), W_DEC, impl="tpu9")

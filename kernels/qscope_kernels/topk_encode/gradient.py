@@ -31,7 +31,7 @@ def encode(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _encode(run, impl, *arrays):
+def _encode(run, impl, *arrays) -> tuple[jax.Array, jax.Array]:
     return run(*arrays)
 
 

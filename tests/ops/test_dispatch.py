@@ -1,0 +1,127 @@
+"""Which implementation runs: decided from the device and the shapes, before anything is traced or compiled."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from qscope_kernels.dispatch import Kernel, device_of, pick
+from qscope_kernels.sparse_decode import gather_dot, sparse_decode
+from qscope_kernels.sparse_outer import sparse_outer
+from qscope_kernels.topk_encode import topk_encode
+
+CODE = np.ones((2, 3), np.float32), np.zeros((2, 3), np.int32)
+CALLS = {
+    "topk_encode": lambda impl: topk_encode(jnp.ones((2, 4)), jnp.ones((4, 5)), jnp.ones(5), k=3, impl=impl),
+    "sparse_decode": lambda impl: sparse_decode(*CODE, jnp.ones((5, 4)), impl=impl),
+    "gather_dot": lambda impl: gather_dot(jnp.ones((2, 4)), CODE[1], jnp.ones((5, 4)), impl=impl),
+    "sparse_outer": lambda impl: sparse_outer(*CODE, jnp.ones((2, 4)), latents=5, impl=impl),
+}
+TABLES = {"gather_dot": ("sparse_decode", "_DOT_KERNELS")}
+
+
+def never(*arrays, **options):
+    pytest.fail("a kernel was asked, or traced, that cannot be meant")
+
+
+def suits(device, *arrays, **options):
+    return None
+
+
+def nothing(*arrays):
+    return "nothing suits it"
+
+
+def added(monkeypatch, operation, **kernel):
+    """A kernel named "mine" in the table of an operation."""
+    module, table = TABLES.get(operation, (operation, "_KERNELS"))
+    kernels = getattr(importlib.import_module(f"qscope_kernels.{module}"), table)
+    monkeypatch.setitem(kernels, "mine", Kernel(**kernel))
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_kernel_forced_on_another_platform_is_refused_before_it_is_asked(operation, monkeypatch):
+    added(monkeypatch, operation, platform="tpu", run=never, unsuited=never)
+    with pytest.raises(ValueError, match=rf"{operation}: impl = 'mine' runs on a TPU, .*cpu.*\['ref', 'xla'\]"):
+        CALLS[operation]("mine")
+    with pytest.raises(ValueError, match="runs on a TPU"):
+        jax.jit(lambda: CALLS[operation]("mine")).trace()
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_kernel_forced_on_what_it_cannot_serve_says_why(operation, monkeypatch):
+    added(monkeypatch, operation, platform="cpu", run=never, unsuited=lambda *a, **o: "too few latents")
+    with pytest.raises(ValueError, match=f"{operation}: impl = 'mine' cannot serve this: too few latents; leave impl"):
+        CALLS[operation]("mine")
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_an_unknown_name_is_refused_with_the_known_ones(operation, monkeypatch):
+    added(monkeypatch, operation, platform="tpu", run=never, unsuited=never)
+    known = r"\[.*'mine', .*'ref', .*'xla'\]"
+    with pytest.raises(ValueError, match=f"{operation} has no implementation 'fast'; there are {known}"):
+        CALLS[operation]("fast")
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_left_out_the_kernel_of_the_device_runs_where_it_suits(operation, monkeypatch):
+    expected = CALLS[operation]("xla")
+    asked = []
+    mine = lambda *arrays, **options: jax.tree.map(lambda x: x + 1, expected)  # noqa: E731
+    why = lambda device, *arrays, **options: asked.append(device) or (None if len(asked) == 1 else "no more")  # noqa: E731
+    added(monkeypatch, operation, platform="cpu", run=mine, unsuited=why)
+    for shift in (1, 0):
+        for one, other in zip(jax.tree.leaves(CALLS[operation](None)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(one, other + shift)
+    assert [device.platform for device in asked] == ["cpu"] * 2
+
+
+def test_what_suits_is_told_all_that_the_kernel_would_be_given(monkeypatch):
+    told = {}
+
+    def unsuited(device, *arrays, **options):
+        told.update(shapes=[a.shape for a in arrays], options=options)
+        return "never"
+
+    added(monkeypatch, "topk_encode", platform="cpu", run=never, unsuited=unsuited)
+    topk_encode(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.ones(5), k=3, contract="fast")
+    assert told == {"shapes": [(6, 4), (4, 5), (5,)], "options": {"k": 3, "contract": "fast"}}
+
+
+def test_gradients_run_in_the_implementation_asked_for_where_their_operations_have_it(monkeypatch):
+    """A forced encoder, whose gradient's operations lack its name, leaves them to choose."""
+    calls = []
+
+    def mine(x, w, b, **options):
+        return topk_encode(x, w, b, impl="xla", **options)
+
+    def outer(values, indices, rows, *, latents):
+        calls.append(latents)
+        return sparse_outer(values, indices, rows, latents=latents, impl="xla")
+
+    added(monkeypatch, "topk_encode", platform="cpu", run=mine, unsuited=suits)
+    loss = lambda w, impl: jnp.sum(topk_encode(jnp.ones((2, 4)), w, jnp.ones(5), k=3, impl=impl)[0])  # noqa: E731
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
+    expected = jax.grad(loss)(w, "ref")
+    np.testing.assert_allclose(jax.grad(loss)(w, "mine"), expected, rtol=1e-6)
+    assert not calls
+    added(monkeypatch, "sparse_outer", platform="cpu", run=outer, unsuited=suits)
+    for impl in ("mine", None):
+        np.testing.assert_allclose(jax.grad(loss)(w, impl), expected, rtol=1e-6)
+    assert calls == [5, 5]
+    np.testing.assert_allclose(jax.grad(loss)(w, "xla"), expected, rtol=1e-6)
+    assert calls == [5, 5]
+
+
+def test_the_device_is_that_of_the_mesh_else_the_default():
+    assert device_of().platform == device_of(jnp.ones(2)).platform == "cpu"
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(jnp.ones(2), NamedSharding(mesh, PartitionSpec("data")))
+    assert device_of(placed).platform == "cpu"
+
+
+def test_a_portable_name_is_found_without_asking_kernels():
+    kernels = {"mine": Kernel("cpu", never, never)}
+    assert pick("operation", {"xla": nothing, "ref": suits}, kernels, "ref", jnp.ones(2)) is suits
