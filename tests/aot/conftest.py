@@ -1,7 +1,9 @@
-"""Compiles for TPUs that are not there: libtpu (the extra `aot-tpu`) compiles on any machine, nothing is run."""
+"""Compiles for devices that are not there: libtpu (the extra `aot-tpu`) and JAX's CUDA plugin (`aot-cuda`) do that on
+any machine; nothing is run."""
 
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,3 +25,40 @@ def tpu_mesh():
         return Mesh(np.array(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def h200s():
+    """A function (data, model) -> mesh of so many H200s."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("compiling ahead of time for GPUs needs JAX's CUDA plugin: QSCOPE_AOT=1 ./scripts/test")
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh
+
+    target = Path(__file__).with_name("h200.textproto").read_text()
+
+    def make(data, model=1):
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=target, topology=f"1x{data * model}x1"
+        )
+        devices = np.array(topology.devices).reshape(data, model)
+        return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """A function (mesh, function, *arrays) -> the compiled program; an array is (shape, dtype, *axes of the mesh)."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    def compile(mesh, function, *arrays):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+            for shape, dtype, *axes in arrays
+        ]
+        return jax.jit(function).lower(*shapes).compile()
+
+    return compile

@@ -1,14 +1,9 @@
 """The Hopper kernels of the sparse operations, compiled for H200s that are not there: down to PTX, nothing is run."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from qscope_kernels.cases import RELEASED
 from qscope_kernels.sparse_decode import gpu as decode_gpu
 from qscope_kernels.sparse_outer import gpu as outer_gpu
@@ -17,34 +12,9 @@ pytestmark = pytest.mark.aot
 TOKENS = 8192
 
 
-@pytest.fixture(scope="module")
-def h200s():
-    """A function from a number of devices to a mesh of so many H200s, all of them along "data"."""
-    plugins = importlib.util.find_spec("jax_plugins")
-    if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip("compiling ahead of time for GPUs needs the CUDA plugin: pip install jax[cuda13-local]")
-    target = Path(__file__).with_name("h200.textproto").read_text()
-
-    def make(count):
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=target, topology=f"1x{count}x1"
-        )
-        return Mesh(np.array(topology.devices).reshape(count), ("data",), axis_types=(AxisType.Auto,))
-
-    return make
-
-
-def compiled(mesh, function, *arrays):
-    """`function` of arrays (shape, dtype) or (shape, dtype, spec), compiled for the mesh."""
-    shardings = [NamedSharding(mesh, PartitionSpec(*array[2:])) for array in arrays]
-    pairs = zip(arrays, shardings, strict=True)
-    shapes = [jax.ShapeDtypeStruct(*array[:2], sharding=sharding) for array, sharding in pairs]
-    return jax.jit(function).lower(*shapes).compile()
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("case", RELEASED, ids=lambda case: case.name)
-def test_decode_and_its_products_need_no_temporaries(h200s, case, dtype):
+def test_decode_and_its_products_need_no_temporaries(h200s, compiled, case, dtype):
     d, f, k = case
     slots, w = ((TOKENS, k), jnp.int32), ((f, d), dtype)
     decode = compiled(h200s(1), decode_gpu.sparse_decode, ((TOKENS, k), jnp.float32), slots, w)
@@ -56,7 +26,7 @@ def test_decode_and_its_products_need_no_temporaries(h200s, case, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("case", [RELEASED[0], RELEASED[-1]], ids=lambda case: case.name)
-def test_outer_needs_the_sums_of_pieces_and_no_atomics(h200s, case, dtype):
+def test_outer_needs_the_sums_of_pieces_and_no_atomics(h200s, compiled, case, dtype):
     d, f, k = case
     outer = lambda *arrays: outer_gpu.sparse_outer(*arrays, latents=f)  # noqa: E731
     slots = ((TOKENS, k), jnp.float32), ((TOKENS, k), jnp.int32)
@@ -67,7 +37,7 @@ def test_outer_needs_the_sums_of_pieces_and_no_atomics(h200s, case, dtype):
     assert program.memory_analysis().temp_size_in_bytes < pieces + 32 * TOKENS * k
 
 
-def test_each_device_of_several_decodes_its_own_tokens(h200s):
+def test_each_device_of_several_decodes_its_own_tokens(h200s, compiled):
     d, f, k = RELEASED[0]
     mesh = h200s(4)
     tokens, whole = PartitionSpec("data"), PartitionSpec()
@@ -78,7 +48,7 @@ def test_each_device_of_several_decodes_its_own_tokens(h200s):
     assert program.memory_analysis().temp_size_in_bytes == 0
 
 
-def test_the_gradient_of_several_devices_is_a_sum_of_theirs(h200s):
+def test_the_gradient_of_several_devices_is_a_sum_of_theirs(h200s, compiled):
     d, f, k = RELEASED[0]
     mesh = h200s(2)
     tokens, whole = PartitionSpec("data"), PartitionSpec()

@@ -73,10 +73,7 @@ def test_a_nan_is_never_hidden(nan):
 def test_the_form_for_any_cuda_device_equals_a_sort_also_in_chunks(monkeypatch, dtype, contract):
     monkeypatch.setattr(cuda, "CHUNK_ELEMENTS", 3 * 1024)
     x, w, b = arrays(7, f=1024, dtype=dtype)
-    expected = pre_activations(x, w, b).astype(np.float32)
-    if contract == "fast":
-        expected = np.asarray(jnp.asarray(expected, dtype), np.float32)
-    check(cuda.topk_encode(x, w, b, k=4, contract=contract), expected, 4)
+    check(cuda.topk_encode(x, w, b, k=4, contract=contract), pre_activations(x, w, b), 4)
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: f"cluster of {tiling.cluster}")
