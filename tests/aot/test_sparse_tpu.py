@@ -1,5 +1,7 @@
 """The TPU kernels of the sparse operations compile for v5e, v5p, v6e and TPU7x, and move nothing that they need not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,10 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qscope_kernels.cases import RELEASED
 from qscope_kernels.dispatch import device_of
 from qscope_kernels.sparse_decode import tpu as decode_tpu
+from qscope_kernels.sparse_outer import tpu as outer_tpu
 
 pytestmark = pytest.mark.aot
 TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-N = 1024
+N = 256
 CASES = [pytest.param(case, id=case.name, marks=[pytest.mark.all] if case != RELEASED[0] else []) for case in RELEASED]
 targets = pytest.mark.parametrize("target", TARGETS)
 cases = pytest.mark.parametrize("case", CASES)
@@ -67,3 +70,16 @@ def test_gather_dot_reads_the_weight_where_it_lies(compiled, target, case, dtype
     shapes = ((N, case.d), jnp.float32), codes(case)[1], ((case.f, case.d), dtype)
     memory = compiled(target, decode_tpu.gather_dot, decode_tpu.unsuited, *shapes).memory_analysis()
     assert memory.temp_size_in_bytes < CODES
+
+
+@targets
+@cases
+@both("float32")
+def test_outer_makes_no_row_per_slot(compiled, target, case, dtype):
+    outer, unsuited = (
+        functools.partial(function, latents=case.f) for function in (outer_tpu.sparse_outer, outer_tpu.unsuited)
+    )
+    memory = compiled(target, outer, unsuited, *codes(case), ((N, case.d), dtype)).memory_analysis()
+    slots = N * case.k
+    assert memory.temp_size_in_bytes < CODES + 32 * slots * 4 + 2 * N * case.d * 4 < slots * case.d * 4
+    assert memory.output_size_in_bytes >= case.f * (case.d + 1) * 4

@@ -8,6 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from qscope_kernels.dispatch import Device
 from qscope_kernels.sparse_decode import ref as decode_ref
 from qscope_kernels.sparse_decode import tpu as decode_tpu
+from qscope_kernels.sparse_outer import ref as outer_ref
+from qscope_kernels.sparse_outer import tpu as outer_tpu
 
 V5E = Device("tpu", "TPU v5 lite")
 
@@ -92,3 +94,82 @@ def test_what_the_decode_cannot_serve_is_refused(change, why):
     shaped = jax.ShapeDtypeStruct
     arrays = shaped((n, k), jnp.float32), shaped((n, k), jnp.int32), shaped((f, d), dtype)
     assert why in decode_tpu.unsuited(Device("tpu", kind), *arrays)
+
+
+# Small, so that runs and blocks end within groups, at their borders and at those of chunks.
+SMALL = {"chunk": 8, "unroll": 2, "interpret": True}
+
+
+def outer(values, indices, rows, latents, **options):
+    assert outer_tpu.unsuited(V5E, values, indices, rows, latents=latents) is None
+    sums, totals = outer_tpu.sparse_outer(values, indices, rows, latents=latents, **(SMALL | options))
+    assert (sums.shape, totals.shape) == ((latents, rows.shape[1]), (latents,))
+    assert sums.dtype == totals.dtype == jnp.float32
+    expected = outer_ref.sparse_outer(values, indices, rows, latents=latents)
+    np.testing.assert_allclose(sums, expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(totals, expected[1], rtol=1e-5, atol=1e-5)
+    return sums, totals
+
+
+@pytest.mark.parametrize(("n", "k", "f", "d", "dtype"), [(11, 5, 300, 128, "float32"), (40, 2, 130, 384, "bfloat16")])
+def test_outer_adds_up_each_latents_rows(n, k, f, d, dtype):
+    values, indices = code(n, k, f)  # most latents are named by no slot
+    outer(values, indices, matrix((n, d), dtype), f)
+
+
+def test_outer_of_latents_that_all_tokens_name():
+    n, k, f = 45, 3, 260
+    values, indices = code(n, k, f)
+    indices = indices.at[:, 0].set(127).at[:, 1].set(128)  # the last of a block, the first of the next
+    sums, _ = outer(values, indices, matrix((n, 128), "float32"), f)
+    assert not np.any(sums[3:120:4][np.bincount(np.clip(indices, 0, f - 1).ravel(), minlength=f)[3:120:4] == 0])
+
+
+def test_outer_in_parts_of_the_columns(monkeypatch):
+    monkeypatch.setattr(outer_tpu, "columns_at_once", lambda n, d, vmem: 1024)
+    values, indices = code(6, 3, 20)
+    outer(values, indices, matrix((6, 2048), "float32"), 20)
+
+
+def test_a_row_that_is_not_finite_stays_with_its_latents():
+    indices = jnp.arange(24, dtype=jnp.int32).reshape(12, 2) // 3
+    rows = matrix((12, 128), "float32").at[4].set(jnp.nan)  # of latents 2 and 3
+    sums, totals = outer_tpu.sparse_outer(jnp.ones((12, 2)), indices, rows, latents=8, **SMALL)
+    np.testing.assert_array_equal(np.isnan(sums).all(axis=1), np.isin(np.arange(8), np.unique(indices[4])))
+    np.testing.assert_array_equal(totals, np.full(8, 3))
+
+
+@pytest.mark.parametrize("when", ["eager", "on_wait"])
+def test_no_slot_is_read_before_it_arrives(when, capfd):
+    values, indices = code(9, 3, 260)
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when)
+    outer(values, indices, matrix((9, 128), "float32"), 260, interpret=params)
+    assert "RACE" not in "".join(capfd.readouterr()).upper()
+
+
+def test_columns_fit_the_vector_memory():
+    sizes = {(n, d, vmem): outer_tpu.columns_at_once(n, d, vmem << 20) for n, d, vmem in COLUMNS}
+    assert sizes == COLUMNS
+
+
+COLUMNS = {(8192, 2048, 128): 2048, (8192, 2048, 64): 1024, (8192, 5120, 128): 1024, (65536, 2048, 128): 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"k": 129}, "129 slots"),
+        ({"n": 1 << 17}, "131072 tokens"),
+        ({"n": 65536}, "beyond the vector memory"),
+        ({"d": 96}, "d no multiple of 128"),
+        ({"dtype": "float16"}, "float16"),
+        ({"kind": "TPU v4"}, "TPU v4"),
+    ],
+    ids=str,
+)
+def test_what_outer_cannot_serve_is_refused(change, why):
+    given = {"n": 8, "k": 4, "d": 2048, "dtype": "float32", "kind": "TPU v6 lite"} | change
+    n, k, d, dtype, kind = given.values()
+    shaped = jax.ShapeDtypeStruct
+    arrays = shaped((n, k), jnp.float32), shaped((n, k), jnp.int32), shaped((n, d), dtype)
+    assert why in outer_tpu.unsuited(Device("tpu", kind), *arrays, latents=256)
