@@ -1,7 +1,11 @@
 """Which implementation of an operation runs: the one asked for, else the kernel of the device where it serves these
-shapes, else the portable one. Decided while tracing, from the device that the arrays are on."""
+shapes, else the portable one. Decided while tracing, from the device that the arrays are on.
+
+Should a kernel misbehave on some device, QSCOPE_IMPL=xla in the environment does without any, wherever none is named.
+"""
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +67,8 @@ def pick(
       ValueError: `impl` names none of the implementations, or one that cannot serve this device or these shapes.
     """
     device = device_of(*arrays)
-    if impl is None:
+    impl = impl or os.environ.get("QSCOPE_IMPL")
+    if not impl:
         offered = (kernel for kernel in kernels.values() if kernel.automatic and kernel.platform == device.platform)
         suited = (kernel.run for kernel in offered if kernel.unsuited(device, *arrays, **options) is None)
         return next(suited, portable["xla"])

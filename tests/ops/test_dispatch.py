@@ -78,6 +78,15 @@ def test_left_out_the_kernel_of_the_device_runs_where_it_suits(operation, monkey
     assert [device.platform for device in asked] == ["cpu"] * 2
 
 
+def test_the_environment_can_do_without_kernels(monkeypatch):
+    added(monkeypatch, "topk_encode", platform="cpu", run=never, unsuited=never)
+    monkeypatch.setenv("QSCOPE_IMPL", "xla")
+    assert CALLS["topk_encode"](None)[0].shape == (2, 3)
+    monkeypatch.setenv("QSCOPE_IMPL", "none")
+    with pytest.raises(ValueError, match="topk_encode has no implementation 'none'"):
+        CALLS["topk_encode"](None)
+
+
 def test_what_suits_is_told_all_that_the_kernel_would_be_given(monkeypatch):
     told = {}
 
