@@ -69,17 +69,19 @@ def setting_of(
 
 def implementations(setting: Setting, kernels: Mapping[str, Kernel]) -> tuple[str, ...]:
     """Names of what to measure of an operation: its kernels for this device, then the portable form."""
-    if setting.impl:
-        return setting.impl
     platform = device_of().platform
-    return (*(name for name, kernel in kernels.items() if kernel.platform == platform), "xla")
+    held = (*(name for name, kernel in kernels.items() if kernel.platform == platform), "xla")
+    return tuple(name for name in setting.impl if name in (*held, "ref")) or held
 
 
 def picked(setting: Setting, kernels: Mapping[str, Kernel], *arrays: jax.Array, **options: Any) -> str:
     """The name of the implementation that runs where none is asked for, or the first that was asked for."""
+    if setting.impl:
+        return implementations(setting, kernels)[0]
     device = device_of(*arrays)
-    for name in implementations(setting, kernels):
-        if setting.impl or name not in kernels or kernels[name].unsuited(device, *arrays, **options) is None:
+    for name, kernel in kernels.items():
+        offered = kernel.platform == device.platform and kernel.automatic
+        if offered and kernel.unsuited(device, *arrays, **options) is None:
             return name
     return "xla"
 
@@ -109,10 +111,8 @@ def measure(
 
 def markdown(rows: Sequence[Row]) -> list[str]:
     """The rows as a table in Markdown."""
-    lines = [
-        "| case | time of / time of | ratio | spread | pairs | rate of the first | of the ceiling |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ("case", "time of / time of", "ratio", "spread", "pairs", "rate of the first", "of the ceiling")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         if "failed" in row:
             cells = [row["failed"].replace("|", "\\|"), "", "", "", ""]

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from qscope_kernels import sparse_decode as decoding
+from qscope_kernels import topk_encode as encoding
 from qscope_kernels.cases import Case
-from qscope_kernels.sparse_decode import sparse_decode
-from qscope_kernels.topk_encode import topk_encode
+from qscope_kernels.dispatch import device_of
 
 from qscope_jax.benchmarks.ceilings import precision
-from qscope_jax.benchmarks.rows import Row, Setting, Work, measure
+from qscope_jax.benchmarks.rows import Row, Setting, Work, implementations, measure
 from qscope_jax.benchmarks.sparse import matmul, random_data, to_dense
 from qscope_jax.sae.model import SaeParams
 
@@ -37,12 +38,23 @@ def bench_step(setting: Setting) -> Iterator[Row]:
         data, row = random_data(case, setting), partial(measure, setting, case.name)
         dense = make_training(reconstruct_dense, data, case, setting)
         product = partial(matmul(jnp.float32), data.x, data.w_enc)
-        for impl in setting.impl or (None,):
-            name = "sparse" if impl is None else f"sparse, {impl}"
-            sparse = make_training(partial(reconstruct_sparse, impl=impl), data, case, setting)
+        for encoder, decoder in _choices(setting):
+            name = f"sparse ({encoder or 'default'} encode, {decoder or 'default'} decode)"
+            reconstruct = partial(reconstruct_sparse, encoder=encoder, decoder=decoder)
+            sparse = make_training(reconstruct, data, case, setting)
             tokens = Work(setting.tokens, "tokens/s")
             yield from row(f"training step, {name} / encoder's matmul", sparse, product, tokens)
             yield from row(f"training step, dense / {name}", dense, sparse, tokens)
+
+
+def _choices(setting: Setting) -> list[tuple[str | None, str | None]]:
+    """Encoder and decoder to train with: those asked for; or what runs by itself, and kernels that do not yet."""
+    if setting.impl:
+        encoders, decoders = (implementations(setting, module._KERNELS) for module in (encoding, decoding))
+        return list(zip(encoders, decoders, strict=False))
+    platform, kernels = device_of().platform, decoding._KERNELS
+    named = [name for name, kernel in kernels.items() if kernel.platform == platform and not kernel.automatic]
+    return [(None, None), *((None, name) for name in named)]
 
 
 def make_training(reconstruct: Reconstruct, data: Any, case: Case, setting: Setting) -> Callable[[], jax.Array]:
@@ -83,10 +95,12 @@ def init_state(data: Any) -> State:
     return State(params, _OPTIMIZER.init(params))
 
 
-def reconstruct_sparse(params: SaeParams, x: jax.Array, k: int, *, impl: str | None = None) -> jax.Array:
-    """decode(encode(x)) with this project's operations."""
-    values, indices = topk_encode(x, params.w_enc, params.b_enc, k=k, contract="fast", impl=impl)
-    return sparse_decode(values, indices, params.w_dec, impl=impl) + params.b_dec
+def reconstruct_sparse(
+    params: SaeParams, x: jax.Array, k: int, *, encoder: str | None = None, decoder: str | None = None
+) -> jax.Array:
+    """decode(encode(x)) with this project's operations, in the implementations named."""
+    values, indices = encoding.topk_encode(x, params.w_enc, params.b_enc, k=k, contract="fast", impl=encoder)
+    return decoding.sparse_decode(values, indices, params.w_dec, impl=decoder) + params.b_dec
 
 
 def reconstruct_dense(params: SaeParams, x: jax.Array, k: int) -> jax.Array:

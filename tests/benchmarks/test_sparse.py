@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from qscope_kernels.cases import RELEASED, Case
-from qscope_kernels.dispatch import Kernel
+from qscope_kernels.dispatch import Device, Kernel
 from qscope_kernels.sparse_decode import gather_dot, sparse_decode
 from qscope_kernels.sparse_outer import sparse_outer
 
@@ -42,13 +42,17 @@ def test_a_heavy_code_uses_few_latents_often():
     assert shares(32_768, 50, "uniform").max() < 0.002
 
 
-def test_the_dense_encoder_and_the_matmul_agree_with_encode(data):
+def test_the_dense_encoder_and_the_matmul_agree_with_encode(data, monkeypatch):
     values, indices = sparse.encoder(CASE.k, "exact", None)(*data[:3])
     want_values, want_indices = sparse.dense_encoder(CASE.k)(*data[:3])
     np.testing.assert_array_equal(indices, want_indices)
     np.testing.assert_allclose(values, want_values, rtol=1e-6)
     product = sparse.matmul(jnp.float32)(*data[:2]) + data.b_enc
     np.testing.assert_allclose(np.take_along_axis(np.asarray(product), np.asarray(indices), 1), values, rtol=1e-5)
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(sparse, "device_of", lambda platform=platform: Device(platform, "any"))
+        found = sparse.selector.__wrapped__(CASE.k)(product)
+        np.testing.assert_array_equal(found[0], sparse.top_k(CASE.k)(product)[0])
     assert sparse.matmul(jnp.bfloat16)(*data[:2]).dtype == jnp.bfloat16
 
 
@@ -135,8 +139,9 @@ def test_the_setting_follows_the_device_and_knows_the_released_cases():
     assert implementations(setting, {}) == ("xla",)
     assert implementations(setting_of(impl=["ref"]), {}) == ("ref",)
     kernel = Kernel("cpu", lambda x: x, lambda device, x: None if x.shape[0] > 1 else "too small")
-    foreign = kernel._replace(platform="tpu")
-    kernels = {"foreign": foreign, "own": kernel}
-    assert implementations(setting, kernels) == ("own", "xla")
+    foreign, new = kernel._replace(platform="tpu"), kernel._replace(automatic=False)
+    kernels = {"foreign": foreign, "new": new, "own": kernel}
+    assert implementations(setting, kernels) == ("new", "own", "xla")
+    assert implementations(setting_of(impl=["foreign", "own"]), kernels) == ("own",)
     assert picked(setting, kernels, jnp.ones(2)) == "own"
     assert picked(setting, kernels, jnp.ones(1)) == "xla"
