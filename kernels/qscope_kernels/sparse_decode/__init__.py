@@ -45,7 +45,7 @@ def sparse_decode(
     arrays = values.reshape(-1, k), indices.reshape(-1, k), w_dec
     run = pick("sparse_decode", _IMPLEMENTATIONS, _KERNELS, impl, *arrays)
     # Inside shard_map these vary along different mesh axes; the transpose of this cast sums gradients there.
-    out = run(*arrays) if run is ref.sparse_decode else _decode(run, impl, *alike(arrays))
+    out: jax.Array = run(*arrays) if run is ref.sparse_decode else _decode(run, impl, *alike(arrays))
     return out.reshape(*values.shape[:-1], w_dec.shape[1])
 
 
@@ -101,7 +101,7 @@ def _decode(run: Callable[..., jax.Array], impl, values, indices, w_dec) -> jax.
 
 
 def _forward(run, impl, *arrays):
-    return _decode(run, impl, *arrays), arrays
+    return run(*arrays), arrays
 
 
 def _backward(run, impl, arrays, given):
