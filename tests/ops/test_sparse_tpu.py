@@ -35,7 +35,7 @@ def products(rows, indices, w):
 
 
 # More and fewer tokens than a step of the grid has, and numbers that no tile divides.
-SHAPES = [(1, 9, 8, 1024), (67, 2, 24, 384)]
+SHAPES = [pytest.param((1, 9, 8, 1024), marks=pytest.mark.slow), (67, 2, 24, 384)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,7 +66,7 @@ def test_the_neighbour_of_a_packed_row_does_not_leak():
     np.testing.assert_array_equal(out, w[::2].astype(jnp.float32))
 
 
-@pytest.mark.parametrize("when", ["eager", "on_wait"])
+@pytest.mark.parametrize("when", [pytest.param("eager", marks=pytest.mark.slow), "on_wait"])
 def test_no_row_is_read_before_it_arrives_nor_overwritten_before_it_is_used(when, capfd):
     n, k, f, d = 66, 1, 16, 128
     (values, indices), w = code(n, k, f), matrix((f, d), "float32")
@@ -111,6 +111,7 @@ def outer(values, indices, rows, latents, **options):
     return sums, totals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "f", "d", "dtype"), [(11, 5, 300, 128, "float32"), (40, 2, 130, 384, "bfloat16")])
 def test_outer_adds_up_each_latents_rows(n, k, f, d, dtype):
     values, indices = code(n, k, f)  # most latents are named by no slot
@@ -125,10 +126,10 @@ def test_outer_of_latents_that_all_tokens_name():
     assert not np.any(sums[3:120:4][np.bincount(np.clip(indices, 0, f - 1).ravel(), minlength=f)[3:120:4] == 0])
 
 
-def test_outer_in_parts_of_the_columns(monkeypatch):
-    monkeypatch.setattr(outer_tpu, "columns_at_once", lambda n, d, vmem: 1024)
-    values, indices = code(6, 3, 20)
-    outer(values, indices, matrix((6, 2048), "float32"), 20)
+@pytest.mark.slow
+def test_outer_in_tiles_of_tokens():
+    values, indices = code(10, 3, 140)
+    outer(values, indices, matrix((10, 1024), "float32"), 140, tokens=4)
 
 
 def test_a_row_that_is_not_finite_stays_with_its_latents():
@@ -139,7 +140,7 @@ def test_a_row_that_is_not_finite_stays_with_its_latents():
     np.testing.assert_array_equal(totals, np.full(8, 3))
 
 
-@pytest.mark.parametrize("when", ["eager", "on_wait"])
+@pytest.mark.parametrize("when", [pytest.param("eager", marks=pytest.mark.slow), "on_wait"])
 def test_no_slot_is_read_before_it_arrives(when, capfd):
     values, indices = code(9, 3, 260)
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=when)
@@ -147,21 +148,20 @@ def test_no_slot_is_read_before_it_arrives(when, capfd):
     assert "RACE" not in "".join(capfd.readouterr()).upper()
 
 
-def test_columns_fit_the_vector_memory():
-    sizes = {(n, d, vmem): outer_tpu.columns_at_once(n, d, vmem << 20) for n, d, vmem in COLUMNS}
-    assert sizes == COLUMNS
-
-
-COLUMNS = {(8192, 2048, 128): 2048, (8192, 2048, 64): 1024, (8192, 5120, 128): 1024, (65536, 2048, 128): 0}
+@pytest.mark.parametrize(("d", "mib", "at_least"), [(2048, 128, 8192), (5120, 128, 4096), (5120, 64, 1536)])
+def test_tiles_fit_the_vector_memory(d, mib, at_least):
+    tokens = outer_tpu.tokens_at_once(d, mib << 20)
+    assert tokens >= at_least
+    assert outer_tpu.needed_bytes(tokens, d) <= 3 * (mib << 18)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"k": 129}, "129 slots"),
-        ({"n": 1 << 17}, "131072 tokens"),
-        ({"n": 65536}, "beyond the vector memory"),
-        ({"d": 96}, "d no multiple of 128"),
+        ({"n": 0}, "0 tokens"),
+        ({"d": 96}, "no multiple of 128"),
+        ({"d": 65536}, "few fit the vector memory"),
         ({"dtype": "float16"}, "float16"),
         ({"kind": "TPU v4"}, "TPU v4"),
     ],

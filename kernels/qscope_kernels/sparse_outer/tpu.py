@@ -1,8 +1,9 @@
-"""TPU: the slots sorted by latent, all tokens' rows (of some columns at a time) in vector memory, one sum at a time.
+"""TPU: the slots sorted by latent, all tokens' rows in vector memory, one sum at a time.
 
 A slot costs a few cycles: it reads a row and its value, multiplies, adds to the sum of its latent, and stores the sum,
 which the latent's next slot, if there is one, stores again. From far away a row is read once, not k times. The order
-of additions follows from the indices alone; a latent that is active everywhere is a long run, no special case.
+of additions follows from the indices alone; a latent that is active everywhere is a long run, no special case. Where
+the rows of all tokens are too many, tiles of tokens follow one another, each adding to the sums of those before.
 """
 
 import functools
@@ -18,8 +19,8 @@ from qscope_kernels.sparse_outer.order import order
 BLOCK = 128  # latents whose sums are written together
 CHUNK = 1024  # slots that come to the scalar memory together
 UNROLL = 32  # slots added without a branch
-TOKEN_BITS, SLOT_BITS, LATENT_BITS = 17, 7, 7  # of the word that says what a slot is
-_REGISTERS = SUBLANES * LANES  # columns that fill whole vector registers
+SLOT_BITS, LATENT_BITS = 7, 7  # of the word that says what a slot is; the token has the rest
+FEWEST_TOKENS = 512  # in a tile: with fewer, reading and writing all sums again would be most of the work
 
 
 def sparse_outer(
@@ -28,69 +29,93 @@ def sparse_outer(
     rows: jax.Array,
     *,
     latents: int,
+    tokens: int | None = None,
     chunk: int = CHUNK,
     unroll: int = UNROLL,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Per latent, float32 sums of values [n, k] times rows [n, d] over the slots that name it [f, d], of values [f].
 
-    `chunk` and `unroll` are powers of two.
+    At most `tokens` are in a tile, by default as many as fit; `chunk` and `unroll` are powers of two.
     """
-    (n, k), d, blocks = values.shape, rows.shape[1], pl.cdiv(latents, BLOCK)
-    columns = columns_at_once(n, d, vmem_bytes(device_of(values, indices, rows)))
-    ordered = order(indices, latents)
-    starts = jnp.searchsorted(ordered.latents, jnp.arange(blocks + 1) * BLOCK, method="scan_unrolled")
-    words = pack(ordered.slots // k, ordered.slots % k, ordered.latents % BLOCK)
-    sums, totals = call(
-        functools.partial(_block, unroll=unroll),
-        starts.astype(jnp.int32),
-        jnp.pad(words, (0, -n * k % chunk)).reshape(-1, chunk),
-        jnp.pad(values.astype(jnp.float32), ((0, 0), (0, LANES - k))),
-        rows.astype(jnp.float32).reshape(n, d // LANES, LANES),
-        out=[(shape, jnp.float32) for shape in [(pl.cdiv(latents, 8), d // LANES, 8, LANES), (blocks, 1, BLOCK)]],
-        semantics=["arbitrary", "arbitrary"],
-        vmem=needed_bytes(n, columns) + (8 << 20),
-        checks=False,  # of the addresses that words give
-        grid_spec=_grid(n, d, blocks, columns, chunk),
-        name="sparse_outer",
-        interpret=interpret,
+    (n, k), d = values.shape, rows.shape[1]
+    tiles = pl.cdiv(n, tokens or tokens_at_once(d, vmem_bytes(device_of(values, indices, rows))))
+    size = pl.cdiv(n, tiles)
+    cut = lambda array: jnp.pad(array, ((0, tiles * size - n), (0, 0))).reshape(tiles, size, -1)  # noqa: E731
+    starts, words = sorted_slots(cut(indices), latents)
+    tile = (
+        starts,
+        jnp.pad(words, ((0, 0), (0, -size * k % chunk))).reshape(tiles, -1, chunk),
+        jnp.pad(cut(values.astype(jnp.float32)), ((0, 0), (0, 0), (0, LANES - k))),
+        cut(rows.astype(jnp.float32)).reshape(tiles, size, d // LANES, LANES),
     )
+    add = functools.partial(_add_tile, latents=latents, unroll=unroll, interpret=interpret)
+    sums, totals = add(None, [part[0] for part in tile])
+    if tiles > 1:
+        rest = [part[1:] for part in tile]
+        (sums, totals), _ = jax.lax.scan(lambda before, tile: (add(before, tile), None), (sums, totals), rest)
     return sums.swapaxes(1, 2).reshape(-1, d)[:latents], totals.reshape(-1)[:latents]
 
 
-def pack(token: jax.Array, slot: jax.Array, latent: jax.Array) -> jax.Array:
-    """One word per slot: its token, its number within the token, its latent within the block."""
-    return token << (SLOT_BITS + LATENT_BITS) | slot << LATENT_BITS | latent
+def sorted_slots(indices: jax.Array, latents: int) -> tuple[jax.Array, jax.Array]:
+    """Of tiles of tokens [t, n, k]: where each block's slots start [t, blocks + 1], and the words [t, n k] in order.
+
+    One sort over all tiles, a function of the indices alone: see `order`.
+    """
+    tiles, n, k = indices.shape
+    first = jnp.arange(tiles, dtype=jnp.int32) * latents
+    keys = jnp.clip(indices, 0, latents - 1).astype(jnp.int32) + first[:, None, None]
+    keys, slots, _ = order(keys.reshape(-1, k), tiles * latents)
+    borders = jnp.minimum(jnp.arange(pl.cdiv(latents, BLOCK) + 1, dtype=jnp.int32) * BLOCK, latents)
+    starts = jnp.searchsorted(keys, first[:, None] + borders, method="scan_unrolled").astype(jnp.int32)
+    latent = (keys.reshape(tiles, -1) - first[:, None]) % BLOCK
+    token, slot = slots.reshape(tiles, -1) // k % n, slots.reshape(tiles, -1) % k
+    words = token << (SLOT_BITS + LATENT_BITS) | slot << LATENT_BITS | latent
+    return starts - jnp.arange(tiles, dtype=jnp.int32)[:, None] * (n * k), words
 
 
-def _grid(n: int, d: int, blocks: int, columns: int, chunk: int) -> Any:
-    """All blocks of latents for some columns, then for the next ones; rows and values are not buffered twice."""
-    once, parts = pl.Buffered(1), columns // LANES
-    return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(d // columns, blocks),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.HBM),
-            pl.BlockSpec((n, LANES), lambda part, block, _: (0, 0), pipeline_mode=once),
-            pl.BlockSpec((n, parts, LANES), lambda part, block, _: (0, part, 0), pipeline_mode=once),
-        ],
-        out_specs=[
-            pl.BlockSpec((BLOCK // SUBLANES, parts, SUBLANES, LANES), lambda part, block, _: (block, part, 0, 0)),
-            pl.BlockSpec((1, 1, BLOCK), lambda part, block, _: (block, 0, 0)),
-        ],
-        scratch_shapes=[
-            # A line more for the sum of values, a latent more for what is not this block's.
-            pltpu.VMEM((BLOCK + 1, parts + 1, LANES), jnp.float32),
-            pltpu.SMEM((2 * chunk,), jnp.int32),
-            pltpu.SemaphoreType.DMA((1,)),
-            pltpu.SMEM((1,), jnp.int32),
-        ],
+def _add_tile(before, tile, *, latents: int, unroll: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """The sums so far, as tiles [f / 8, d / 128, 8, 128] and [f / 128, 1, 128], plus those of one tile of tokens."""
+    _, words, values, rows = tile
+    (n, height, _), blocks = rows.shape, pl.cdiv(latents, BLOCK)
+    whole = lambda array: pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim, pipeline_mode=pl.Buffered(1))  # noqa: E731
+    results = [
+        pl.BlockSpec((BLOCK // SUBLANES, height, SUBLANES, LANES), lambda block, _: (block, 0, 0, 0)),
+        pl.BlockSpec((1, 1, BLOCK), lambda block, _: (block, 0, 0)),
+    ]
+    shapes = [(pl.cdiv(latents, SUBLANES), height, SUBLANES, LANES), (blocks, 1, BLOCK)]
+    sums, totals = call(
+        functools.partial(_block, unroll=unroll),
+        *tile,
+        *(before or ()),
+        out=[(shape, jnp.float32) for shape in shapes],
+        semantics=["arbitrary"],
+        vmem=needed_bytes(n, height * LANES) + (8 << 20),
+        checks=False,  # of the addresses that words give
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks,),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM), whole(values), whole(rows), *(results if before else [])],
+            out_specs=results,
+            scratch_shapes=[
+                # A line more for the sum of values, a latent more for what is not this block's.
+                pltpu.VMEM((BLOCK + 1, height + 1, LANES), jnp.float32),
+                pltpu.SMEM((2 * words.shape[1],), jnp.int32),
+                pltpu.SemaphoreType.DMA((1,)),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        input_output_aliases={4: 0, 5: 1} if before else {},
+        name="sparse_outer",
+        interpret=interpret,
     )
+    return sums, totals
 
 
-def _block(starts, words, values, rows, out, totals, sums, here, arrival, seen, *, unroll) -> None:
+def _block(starts, words, values, rows, *refs, unroll) -> None:
     """One block of latents: sums over its slots, which are starts[block] .. starts[block + 1] of the words."""
-    block, (chunks, size), height = pl.program_id(1), words.shape, rows.shape[1]
+    *before, out, totals, sums, here, arrival, seen = refs
+    block, (chunks, size), height = pl.program_id(0), words.shape, rows.shape[1]
     start, stop = starts[block], starts[block + 1]
     down = lambda number, by: number >> (by.bit_length() - 1)  # noqa: E731
     sums[...] = jnp.zeros_like(sums)
@@ -122,7 +147,7 @@ def _block(starts, words, values, rows, out, totals, sums, here, arrival, seen, 
 
     nothing = jnp.zeros((height, LANES), jnp.float32), jnp.zeros((1, LANES), jnp.float32), jnp.full((1, LANES), -1)
     jax.lax.fori_loop(down(start, size), down(stop + size - 1, size), take, nothing)
-    _write(sums, out, totals)
+    _write(before, sums, out, totals)
 
 
 def _group(words, values, rows, sums, base, unroll, number, state, bounds=None):
@@ -150,29 +175,32 @@ def _group(words, values, rows, sums, base, unroll, number, state, bounds=None):
     return total, amount, before
 
 
-def _write(sums, out, totals) -> None:
-    """Sums [128, c / 128, 128] to tiles [16, c / 128, 8, 128]; totals, alike in all lanes, to [1, 1, 128]."""
+def _write(before, sums, out, totals) -> None:
+    """Adds sums [128, d / 128, 128] to tiles [16, d / 128, 8, 128]; totals, alike in all lanes, to [1, 1, 128]."""
     height = out.shape[1]
 
     def eight(group, _):
         for column in range(height):
-            out[group, column] = sums[pl.ds(group * SUBLANES, SUBLANES), column, :]
+            mine = sums[pl.ds(group * SUBLANES, SUBLANES), column, :]
+            out[group, column] = before[0][group, column] + mine if before else mine
 
     jax.lax.fori_loop(0, BLOCK // SUBLANES, eight, None)
     iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (BLOCK, LANES))
-    totals[0] = jnp.sum(jnp.where(iota(0) == iota(1), sums[:BLOCK, height, :], 0.0), axis=0, keepdims=True)
+    mine = jnp.sum(jnp.where(iota(0) == iota(1), sums[:BLOCK, height, :], 0.0), axis=0, keepdims=True)
+    totals[0] = before[1][0] + mine if before else mine
 
 
-def columns_at_once(n: int, d: int, vmem: int) -> int:
-    """The most columns of rows [n, d] that fit the vector memory with what else is needed; 0 where none do."""
-    parts = [c for c in range(d - _REGISTERS, 0, -_REGISTERS) if d % c == 0] if d % _REGISTERS == 0 else []
-    return next((c for c in [d, *parts] if needed_bytes(n, c) <= vmem * 3 // 4), 0)
+def tokens_at_once(d: int, vmem: int) -> int:
+    """How many tokens' rows [n, d] leave a quarter of the vector memory to the compiler; 0 where too few do."""
+    fixed, each = needed_bytes(0, d), needed_bytes(1, d) - needed_bytes(0, d)
+    most = (vmem * 3 // 4 - fixed) // each // SUBLANES * SUBLANES
+    return most if most >= FEWEST_TOKENS else 0
 
 
-def needed_bytes(n: int, columns: int) -> int:
-    """Vector memory of rows, values, sums and results."""
+def needed_bytes(n: int, d: int) -> int:
+    """Vector memory of rows and values of n tokens, of a block's sums and of the four buffers for results."""
     tiles = lambda lines: pl.cdiv(lines, SUBLANES) * SUBLANES * LANES  # noqa: E731
-    return 4 * (n * (tiles(columns // LANES) + LANES) + (BLOCK + 1) * tiles(columns // LANES + 1) + 2 * BLOCK * columns)
+    return 4 * (n * (tiles(d // LANES) + LANES) + (BLOCK + 1) * tiles(d // LANES + 1) + 4 * BLOCK * (d + LANES))
 
 
 def unsuited(device: Device, values: jax.Array, indices: jax.Array, rows: jax.Array, *, latents: int) -> str | None:
@@ -182,10 +210,8 @@ def unsuited(device: Device, values: jax.Array, indices: jax.Array, rows: jax.Ar
         return why
     if not all(array.dtype in (jnp.float32, jnp.bfloat16) for array in (values, rows)) or indices.dtype != jnp.int32:
         return f"values of {values.dtype}, indices of {indices.dtype}, rows of {rows.dtype}"
-    if not 0 < k <= 1 << SLOT_BITS or not 0 < n < 1 << TOKEN_BITS:
-        return f"{n} tokens of {k} slots: more than words of 32 bits tell apart, or none"
-    if latents < 1 or not d or d % LANES or not columns_at_once(n, d, vmem_bytes(device)):
-        return (
-            f"{latents} latents, rows [{n}, {d}]: none, d no multiple of {LANES}, or more than the vector memory holds"
-        )
+    if not n or not 0 < k <= 1 << SLOT_BITS or latents < 1:
+        return f"{n} tokens of {k} slots for {latents} latents: none, or more than {1 << SLOT_BITS} slots"
+    if not d or d % LANES or not tokens_at_once(d, vmem_bytes(device)):
+        return f"d = {d}: no multiple of {LANES}, or rows so long that few fit the vector memory"
     return None
