@@ -33,7 +33,7 @@ def bench_extract(*, rounds: int) -> dict[str, Any]:
     """
     encoder, few = make_encoder(load_tokenizer("demo")), max(3, rounds // 4)
     if device_of().platform != "cpu":
-        options = {"documents": 1200, "parts": 4, "words": 5.0, "batch_tokens": 16_384, "top": 64, "per_octave": 1}
+        options = {"documents": 1200, "parts": 4, "words": 5.0, "batch_tokens": 16_384, "top": 64}
         return {"1.7b to layer 20": compare(_random(jnp.bfloat16), encoder, rounds=few, **options)}
     return {
         "embedded": compare(_embedded(), encoder, documents=250, rounds=rounds),
