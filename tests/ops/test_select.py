@@ -69,6 +69,16 @@ def test_where_the_largest_lie_does_not_matter(place):
     check(row[None], k)
 
 
+def test_large_entries_spread_as_evenly_as_can_be_among_smaller_ones():
+    """Every bin of group maxima has the same maximum, which one of its groups attains."""
+    f, k = 3072, 6
+    width = group_width(f, k)
+    for every in range(2, 9):
+        row = np.random.default_rng(every).uniform(-1, 1, f).astype(np.float32)
+        row[(every - 1) * width :: every * width] = 2
+        check(row[None], k)
+
+
 def test_the_last_columns_count_where_groups_do_not_divide_the_width():
     assert 1021 % group_width(1021, 4)
     for value in (-np.inf, -1.0, 0.0):
