@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qscope_kernels.cases import RELEASED
 from qscope_kernels.dispatch import device_of
 from qscope_kernels.sparse_decode import tpu as decode_tpu
+from qscope_kernels.sparse_decode.sharded import sparse_decode_sharded
 from qscope_kernels.sparse_outer import tpu as outer_tpu
 
 pytestmark = pytest.mark.aot
@@ -83,3 +84,34 @@ def test_outer_makes_no_row_per_slot(compiled, target, case, dtype):
     slots = N * case.k
     assert memory.temp_size_in_bytes < CODES + 32 * slots * 4 + 2 * N * case.d * 4 < slots * case.d * 4
     assert memory.output_size_in_bytes >= case.f * (case.d + 1) * 4
+
+
+def test_gradients_over_a_mesh_use_the_kernels_and_gather_no_weight(tpu_mesh, collectives):
+    case, mesh = RELEASED[0], tpu_mesh("v5e:2x2", 2, 2)
+
+    def place(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def loss(values, indices, w_dec):
+        return jnp.sum(sparse_decode_sharded(values, indices, w_dec, mesh=mesh, data="data", model="model") ** 2)
+
+    values, indices = (place((N, case.k), dtype, "data", None) for dtype in (jnp.float32, jnp.int32))
+    w_dec = place((case.f, case.d), jnp.float32, "model", None)
+    program = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(values, indices, w_dec).compile()
+    text = program.as_text()
+    kernels = {name for name in ("sparse_decode", "gather_dot", "sparse_outer") if f"%{name}." in text}
+    assert (len(kernels), text.count("tpu_custom_call")) == (3, 3)
+    assert {name for name, _ in collectives(program)} == {"all-reduce"}
+
+
+def test_gradients_of_both_matrices_share_a_sort(compiled):
+    case = RELEASED[0]
+
+    def both_gradients(values, indices, rows):
+        outer = functools.partial(outer_tpu.sparse_outer, indices=indices, latents=case.f)
+        return outer(values=values, rows=rows), outer(values=values * 2, rows=rows + 1)
+
+    unsuited = functools.partial(outer_tpu.unsuited, latents=case.f)
+    text = compiled("v5e", both_gradients, unsuited, *codes(case), ((N, case.d), jnp.float32)).as_text()
+    assert text.count("tpu_custom_call") == 2
+    assert text.count(" sort(") == 1
