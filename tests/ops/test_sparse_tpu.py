@@ -34,8 +34,8 @@ def products(rows, indices, w):
     return np.einsum("nd,nkd->nk", np.asarray(rows.astype(jnp.float32), np.float64), w)
 
 
-# More and fewer tokens than a step of the grid has, and numbers that no tile divides.
-SHAPES = [pytest.param((1, 9, 8, 1024), marks=pytest.mark.slow), (67, 2, 24, 384)]
+# More and fewer tokens than a step of the grid or a tile has, and numbers that none divides.
+SHAPES = [(1, 3, 8, 128), (67, 2, 24, 384), pytest.param((5, 9, 8, 1024), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -45,7 +45,7 @@ def over_rows(
     )
     word = jnp.float32 if w.dtype == jnp.float32 else jnp.uint32
     return call(
-        functools.partial(_step, use),
+        functools.partial(_step, use, pl.cdiv(n, BUFFERS) * BUFFERS),
         codes,
         codes,
         extra[0],
@@ -64,8 +64,11 @@ def over_rows(
     )[0]
 
 
-def _step(use, codes, next_codes, extra, w, out, buffers, arrivals) -> None:
-    """One block of tokens: its indices and the next block's (scalar memory), w [f / 8, d / 128, 8, 128] (far away)."""
+def _step(use, all_tokens, codes, next_codes, extra, w, out, buffers, arrivals) -> None:
+    """One block of tokens: its indices and the next block's (scalar memory), w [f / 8, d / 128, 8, 128] (far away).
+
+    The last block has what is left of `all_tokens`, a multiple of BUFFERS; of the rest of it nothing is asked.
+    """
     step, last, ahead, slots = pl.program_id(0), pl.num_programs(0) - 1, BUFFERS - 1, range(codes.shape[1])
 
     def ask(codes, token, place, slot):
@@ -91,9 +94,10 @@ def _step(use, codes, next_codes, extra, w, out, buffers, arrivals) -> None:
             for slot in slots:
                 ask(codes, token, token, slot)
 
-    tokens(0, TOKENS - ahead, codes, ahead)
+    stop = jnp.minimum(all_tokens - step * TOKENS, TOKENS)
+    tokens(0, stop - ahead, codes, ahead)
     pl.when(step < last)(lambda: tokens(TOKENS - ahead, TOKENS, next_codes, ahead - TOKENS))
-    pl.when(step == last)(lambda: tokens(TOKENS - ahead, TOKENS, None, 0))
+    pl.when(step == last)(lambda: tokens(stop - ahead, stop, None, 0))
 
 
 def _row(w: Any, index: jax.Array) -> Any:
