@@ -16,7 +16,7 @@ from qscope_kernels.sparse_decode.tpu_rows import (
     Use,
     as_tiles,
     at_token,
-    buffer_bytes,
+    needed_bytes,
     over_rows,
     pad_tokens,
     tiled_block,
@@ -79,6 +79,6 @@ def unsuited(device: Device, values: jax.Array, indices: jax.Array, w_dec: jax.A
         return f"a weight of {w_dec.dtype} and indices of {indices.dtype}, not float32 or bfloat16 and int32"
     if not n or not f or f % SUBLANES or not d or d % LANES:
         return f"n = {n}, f = {f}, d = {d}: empty, f no multiple of {SUBLANES} or d none of {LANES}"
-    if not 0 < k <= MOST_SLOTS or buffer_bytes(k, d) > vmem_bytes(device) // 2:
+    if not 0 < k <= MOST_SLOTS or needed_bytes(k, d) > vmem_bytes(device) // 2:
         return f"k = {k} rows of d = {d}: more than {MOST_SLOTS}, or too many for the vector memory"
     return None

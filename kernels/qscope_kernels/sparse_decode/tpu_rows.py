@@ -53,7 +53,7 @@ def over_rows(
         out=[(out[0], jnp.float32)],
         # In order: a step begins with the rows that the one before has asked for.
         semantics=["arbitrary"],
-        vmem=buffer_bytes(k, d) + (24 << 20),
+        vmem=needed_bytes(k, d) + (16 << 20),
         checks=False,  # the indices were clipped
         grid=(steps,),
         in_specs=[block(0), block(1), extra[1], pl.BlockSpec(memory_space=pltpu.HBM)],
@@ -137,6 +137,6 @@ def pad_tokens(codes: jax.Array) -> jax.Array:
     return jnp.pad(codes, ((0, -codes.shape[0] % TOKENS), (0, 0)))
 
 
-def buffer_bytes(k: int, d: int) -> int:
-    """Vector memory that rows in flight take."""
-    return BUFFERS * k * d * 4
+def needed_bytes(k: int, d: int) -> int:
+    """Vector memory that rows in flight and two blocks of [n, d] take."""
+    return 4 * d * (BUFFERS * k + 2 * TOKENS)
