@@ -1,7 +1,8 @@
 """One training step of a TopK SAE with sparse operations against the same step written densely.
 
 loss = |x - x_hat|^2 / |x - mean(x)|^2, the fraction of variance unexplained; then gradients of all weights, and Adam.
-Weights and moments are float32 and donated; matmuls and gathers read copies in the setting's dtype.
+Weights and moments are float32 and donated; matmuls and gathers read copies in the setting's dtype. The encoder's are
+kept as rows [f, d], the form in which its gradient comes: Adam would read six arrays against the grain otherwise.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ _OPTIMIZER = optax.adam(1e-4)
 
 
 class State(NamedTuple):
-    """Float32 weights and what Adam keeps."""
+    """Float32 weights, w_enc as [f, d], and what Adam keeps."""
 
     params: SaeParams
     optimizer: Any
@@ -75,7 +76,7 @@ def make_step(reconstruct: Reconstruct, k: int, dtype: Any) -> Callable[[State, 
     """(state, x [n, d]) -> (loss, state), jitted; the state is donated."""
 
     def loss_of(params: SaeParams, x: jax.Array) -> jax.Array:
-        copies = params._replace(w_enc=params.w_enc.astype(dtype), w_dec=params.w_dec.astype(dtype))
+        copies = params._replace(w_enc=params.w_enc.astype(dtype).T, w_dec=params.w_dec.astype(dtype))
         x_hat, want = reconstruct(copies, x, k), x.astype(jnp.float32)
         return jnp.sum((x_hat - want) ** 2) / jnp.sum((want - want.mean(0)) ** 2)
 
@@ -90,7 +91,7 @@ def make_step(reconstruct: Reconstruct, k: int, dtype: Any) -> Callable[[State, 
 
 def init_state(data: Any) -> State:
     """Fresh float32 weights, of the values that the other operations are measured with."""
-    params = SaeParams(data.w_enc, data.b_enc, data.w_dec, jnp.zeros(data.x.shape[1]))
+    params = SaeParams(data.w_enc.T, data.b_enc, data.w_dec, jnp.zeros(data.x.shape[1]))
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), params)  # copies: they are donated
     return State(params, _OPTIMIZER.init(params))
 
