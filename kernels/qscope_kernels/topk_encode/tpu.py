@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from qscope_kernels.dispatch import Device, device_of
 from qscope_kernels.topk_encode import tpu_plan
 from qscope_kernels.topk_encode.ref import pre_activations
-from qscope_kernels.topk_encode.tpu_lists import bin_lists, chunk_bits, split_key
+from qscope_kernels.topk_encode.tpu_finish import largest
+from qscope_kernels.topk_encode.tpu_lists import HUGE, bin_lists, chunk_bits, split_key
 
 # Rows that one pass of the dense fallback takes.
 _CAPACITY = 64
+# Beyond these the unrolled networks of the finish grow too long: XLA sorts the candidates.
+_LONGEST_NETWORK, _MOST_BINS = 128, 256
 
 
 def topk_encode(
@@ -49,7 +52,7 @@ def topk_encode(
         raise ValueError(f"no tiles of x {x.shape} and w_enc {w_enc.shape} with k = {k} fit; see `unsuited`")
     exact = contract == "exact"
     lists = bin_lists(x, w_enc, b_enc, plan=plan, exact=exact, vmem=chip.vmem, interpret=interpret)
-    values, indices, failed = _finish(lists, latents=f, k=k, plan=plan)
+    values, indices, failed = _finish(lists, latents=f, k=k, plan=plan, vmem=chip.vmem, interpret=interpret)
     values, indices = _repair(x, w_enc, b_enc, values, indices, failed, min(capacity, n))
     return (values, indices, jnp.sum(failed, dtype=jnp.int32)) if with_failures else (values, indices)
 
@@ -72,22 +75,36 @@ def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *
     return None
 
 
-def _finish(lists: list[jax.Array], *, latents: int, k: int, plan: tpu_plan.Plan) -> tuple[jax.Array, ...]:
+def _finish(
+    lists: list[jax.Array], *, latents: int, k: int, plan: tpu_plan.Plan, vmem: int, interpret: Any
+) -> tuple[jax.Array, ...]:
     """Values and indices [n, k] of the largest candidates, and which rows [n] the certificate does not cover."""
-    kept, total = lists[0][:-1], lists[0][-1]
-    bits = chunk_bits(latents, plan.bins)
-    flat = lambda a: a.transpose(1, 0, 2).reshape(a.shape[1], -1)  # noqa: E731
-    keys, slots = jax.lax.top_k(flat(kept), k)
-    if len(lists) == 2:
-        values, chunks = keys, jnp.take_along_axis(flat(lists[1]), slots, axis=1)
+    bits, exact = chunk_bits(latents, plan.bins), len(lists) == 2
+    if k <= _LONGEST_NETWORK and plan.bins <= _MOST_BINS:
+        keys, places, bound = largest(lists, latents=latents, k=k, plan=plan, vmem=vmem, interpret=interpret)
+    else:
+        keys, places, bound = _sorted(lists, latents, k, plan)
+    if exact:
+        values, indices = keys, places
     else:
         values, chunks = split_key(keys, bits)
-        kept, _ = split_key(kept, bits)
-    indices = jnp.minimum(chunks * plan.bins + slots % plan.bins, latents - 1)
-    failed = ~jnp.all(jnp.isfinite(total), axis=1)
-    if -(-latents // plan.bins) > plan.keep:  # else nothing is ever dropped
-        failed |= jnp.max(kept[-1], axis=1) > values[:, -1]
-    return values, indices, failed
+        indices = chunks * plan.bins + places
+        bound, _ = split_key(bound, bits)
+    failed = (bound > values[:, -1]) | (values[:, 0] >= HUGE)
+    # Where fewer than k are positive the rest are places that hold nothing, maybe beyond the latents.
+    return values, jnp.minimum(indices, latents - 1), failed
+
+
+def _sorted(lists: list[jax.Array], latents: int, k: int, plan: tpu_plan.Plan) -> tuple[jax.Array, ...]:
+    """As `largest`, for any k."""
+    flat = lambda a: a.transpose(1, 0, 2).reshape(a.shape[1], -1)  # noqa: E731
+    keys, slots = jax.lax.top_k(flat(lists[0]), k)
+    places = slots % plan.bins
+    if len(lists) == 2:
+        places += plan.bins * jnp.take_along_axis(flat(lists[1]), slots, axis=1)
+    drops = tpu_plan.columns_of(latents, plan.bins, 1) > plan.keep
+    bound = jnp.max(lists[0][-1], axis=1) if drops else jnp.zeros(keys.shape[0])
+    return keys, places, bound
 
 
 def _repair(x, w_enc, b_enc, values, indices, failed, capacity: int) -> tuple[jax.Array, jax.Array]:

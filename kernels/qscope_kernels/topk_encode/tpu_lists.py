@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from qscope_kernels.pallas_tpu import call, pl, pltpu
-from qscope_kernels.topk_encode.tpu_networks import merge_largest, sort
+from qscope_kernels.topk_encode.tpu_networks import merge, sort
 from qscope_kernels.topk_encode.tpu_plan import LANES, Plan
 
+# Larger pre-activations, and NaN, are told from the rest and left to the fallback.
+HUGE = 2.0**127
 _SLAB = 64  # rows inserted at once: how the program is written, not how it is scheduled
 
 
@@ -26,17 +28,18 @@ def chunk_bits(latents: int, bins: int) -> int:
 def bin_lists(
     x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, plan: Plan, exact: bool, vmem: int, interpret: Any = None
 ) -> list[jax.Array]:
-    """Per bin the `keep` largest of max(x @ w_enc + b_enc, 0), sorted, and what tells whether a row is finite.
+    """Per bin the `keep` largest of max(x @ w_enc + b_enc, 0), sorted.
 
-    Returns [keep + 1, n, bins] float32, of which the last plane is a sum of all of the bin's pre-activations: NaN or
-    infinite where one of them is. "exact": values, and their chunks [keep, n, bins] int32. Else one array of keys: the
-    value with its last `chunk_bits` bits replaced by the chunk. Rows that are not finite hold anything.
+    Returns "exact" values [keep, n, bins] float32 and their chunks, int32; else one array of keys: the value with its
+    last `chunk_bits` bits replaced by the chunk. NaN, and what is no less than HUGE, count as HUGE.
     """
     (n, d), f = x.shape, w_enc.shape[1]
-    rows = plan.rows
+    rows, steps = plan.rows, -(-f // plan.columns)
+    # Latents that only fill up a tile enter no list.
+    bias = jnp.pad(b_enc.astype(jnp.float32), (0, steps * plan.columns - f), constant_values=-1.0)[None]
     lists = lambda planes: pl.BlockSpec((planes, rows, plan.bins), lambda i, j: (0, i, 0))  # noqa: E731
-    out = [((plan.keep + 1, n, plan.bins), jnp.float32)]
-    specs = [lists(plan.keep + 1)]
+    out = [((plan.keep, n, plan.bins), jnp.float32)]
+    specs = [lists(plan.keep)]
     if exact:
         out.append(((plan.keep, n, plan.bins), jnp.int32))
         specs.append(lists(plan.keep))
@@ -44,16 +47,18 @@ def bin_lists(
         partial(_body, plan=plan, latents=f, exact=exact),
         x,
         w_enc,
-        b_enc.astype(jnp.float32)[None],
+        bias,
+        bias,
         out=out,
         out_specs=specs,
-        grid=(-(-n // rows), -(-f // plan.columns)),
+        grid=(-(-n // rows), steps),
         in_specs=[
             pl.BlockSpec((rows, d), lambda i, j: (i, 0)),
             pl.BlockSpec((d, plan.columns), lambda i, j: (0, j)),
             pl.BlockSpec((1, plan.columns), lambda i, j: (0, j)),
+            pl.BlockSpec((1, plan.columns), lambda i, j: (0, jnp.maximum(j - 1, 0))),
         ],
-        scratch_shapes=[pltpu.VMEM((rows // plan.parts, plan.columns), jnp.float32)] * plan.parts,
+        scratch_shapes=[pltpu.VMEM((rows, plan.columns // plan.parts), jnp.float32)] * plan.parts,
         semantics=("parallel", "arbitrary"),
         vmem=vmem,
         interpret=interpret,
@@ -69,35 +74,34 @@ def split_key(keys: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     return jax.lax.bitcast_convert_type(middle, jnp.float32), chunk
 
 
-def _body(x_ref, w_ref, b_ref, *refs, plan: Plan, latents: int, exact: bool) -> None:
+def _body(x_ref, w_ref, b_ref, b_before_ref, *refs, plan: Plan, latents: int, exact: bool) -> None:
     """One tile: multiplies its parts, and inserts the part before each."""
     lists, products = refs[: 1 + exact], refs[1 + exact :]
     step, steps = pl.program_id(1), pl.num_programs(1)
-    rows = plan.rows // plan.parts
-    chunks = plan.columns // plan.bins
+    width = plan.columns // plan.parts
+    bits, chunks = chunk_bits(latents, plan.bins), width // plan.bins
 
     @pl.when(step == 0)
     def _():
         for ref in lists:
             ref[...] = jnp.zeros_like(ref)
-        products[-1][...] = jnp.full_like(products[-1], -1.0)  # enters no list
-
-    def insert(part, first_chunk):
-        _insert(products[part], lists, part * rows, first_chunk, plan, chunk_bits(latents, plan.bins))
+        products[-1][...] = jnp.full_like(products[-1], -jnp.inf)  # enters no list
 
     for part in range(plan.parts):
-        before = (part - 1) % plan.parts
+        here = step * plan.parts + part
         # What is carried over at the first step is nobody's: any chunk will do, but not a negative one.
-        insert(before, jnp.maximum(step - (part == 0), 0) * chunks)
-        tile = _multiply(x_ref[part * rows : (part + 1) * rows, :], w_ref[...]) + b_ref[...]
+        bias = b_ref[:, pl.ds((part - 1) * width, width)] if part else b_before_ref[:, -width:]
+        _insert(products[part - 1], bias, lists, jnp.maximum(here - 1, 0) * chunks, plan, bits)
+        columns = pl.ds(part * width, width)
+        product = _multiply(x_ref[...], w_ref[:, columns])
         if latents % plan.columns:
-            column = step * plan.columns + jax.lax.broadcasted_iota(jnp.int32, tile.shape, 1)
-            tile = jnp.where(column < latents, tile, -1.0)  # reads beyond the array give anything
-        products[part][...] = tile
+            column = here * width + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+            product = jnp.where(column < latents, product, 0.0)  # reads beyond the array give anything
+        products[part][...] = product
 
     @pl.when(step == steps - 1)
     def _():
-        insert(plan.parts - 1, step * chunks)
+        _insert(products[-1], b_ref[:, -width:], lists, (steps * plan.parts - 1) * chunks, plan, bits)
 
 
 def _multiply(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -106,26 +110,27 @@ def _multiply(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(dtype), w.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _insert(product, lists, first_row: int, first_chunk: Any, plan: Plan, bits: int) -> None:
-    """Merges a product [rows, columns] into the lists of its rows."""
-    chunks, rows = plan.columns // plan.bins, product.shape[0]
+def _insert(product, bias: jax.Array, lists, first_chunk: Any, plan: Plan, bits: int) -> None:
+    """Merges a product [rows, width], the bias added, into the lists of its rows."""
+    rows, chunks = product.shape[0], product.shape[1] // plan.bins
     for row in range(0, rows, _SLAB):
         size = min(_SLAB, rows - row)
-        source, target = pl.ds(row, size), pl.ds(first_row + row, size)
+        held_rows = pl.ds(row, size)
         for lane in range(0, plan.bins, LANES):
             held = pl.ds(lane, LANES)
-            kept = [tuple(ref[i, target, held] for ref in lists) for i in range(plan.keep)]
-            total, fresh = lists[0][plan.keep, target, held], []
+            kept = [tuple(ref[i, held_rows, held] for ref in lists) for i in range(plan.keep)]
+            fresh = []
             for chunk in range(chunks):
-                value = product[source, pl.ds(chunk * plan.bins + lane, LANES)]
-                total += value
+                first = chunk * plan.bins + lane
+                value = product[held_rows, pl.ds(first, LANES)] + bias[:, first : first + LANES]
+                # The comparison is false for NaN, of either sign.
+                value = jnp.where(value < HUGE, jnp.maximum(value, 0.0), HUGE)
                 fresh.append(_item(value, first_chunk + chunk, bits, exact=len(lists) == 2))
             for start in range(0, chunks, plan.keep):
-                kept = merge_largest(kept, sort(fresh[start : start + plan.keep]), plan.keep)
+                kept = merge(kept, sort(fresh[start : start + plan.keep]))[: plan.keep]
             for i, item in enumerate(kept):
                 for ref, part in zip(lists, item, strict=True):
-                    ref[i, target, held] = part
-            lists[0][plan.keep, target, held] = total
+                    ref[i, held_rows, held] = part
 
 
 def _item(value: jax.Array, chunk: Any, bits: int, *, exact: bool) -> tuple[jax.Array, ...]:

@@ -1,7 +1,7 @@
 """Sorting networks over lists of arrays, sorted elementwise and in descending order; unrolled while tracing.
 
 An item is a tuple (key, *payload) of arrays of one shape: the keys order, payloads travel along. Lists are Python lists
-of items. What a result does not need is dropped by the compiler.
+of items. What a result does not need the compiler drops: `merge(a, b)[:keep]` costs what the first `keep` items cost.
 """
 
 import jax
@@ -29,7 +29,7 @@ def sort(items: list[Item]) -> list[Item]:
 
 
 def merge(a: list[Item], b: list[Item]) -> list[Item]:
-    """Two sorted lists as one (Batcher's odd-even merge)."""
+    """Two sorted lists as one (Batcher's odd-even merge), of any lengths."""
     if not a or not b:
         return a or b
     if len(a) == len(b) == 1:
@@ -39,28 +39,3 @@ def merge(a: list[Item], b: list[Item]) -> list[Item]:
     for i, item in enumerate(odd):
         merged += exchange(item, even[i + 1]) if i + 1 < len(even) else (item,)
     return merged + even[len(odd) + 1 :]
-
-
-def merge_largest(a: list[Item], b: list[Item], keep: int) -> list[Item]:
-    """The `keep` largest of two sorted lists, sorted; `keep` is a power of two and no list is longer."""
-    if len(a) + len(b) <= keep:
-        return merge(a, b)
-    if len(a) < len(b):
-        a, b = b, a
-    # The i-th of one against the (keep - i)-th of the other: no item can be in the result without winning. What wins
-    # rises and then falls, or the reverse, so that halving exchanges sort it.
-    chosen = [
-        exchange(a[i], b[keep - 1 - i])[0]
-        if i < len(a) and keep - 1 - i < len(b)
-        else (a[i] if i < len(a) else b[keep - 1 - i])
-        for i in range(keep)
-    ]
-    return _sort_bitonic(chosen)
-
-
-def _sort_bitonic(items: list[Item]) -> list[Item]:
-    half = len(items) // 2
-    if not half:
-        return items
-    pairs = [exchange(items[i], items[i + half]) for i in range(half)]
-    return _sort_bitonic([large for large, _ in pairs]) + _sort_bitonic([small for _, small in pairs])

@@ -7,36 +7,40 @@ fails where one bin's last kept value exceeds the row's k-th value: then `keep` 
 import math
 from typing import Any, NamedTuple
 
-LANES = 128
+LANES, SUBLANES = 128, 8
+_FEW_ROWS = 128  # of a tile: fewer leave the matrix unit waiting for weights
 _ROWS = 32  # rows of a part come in such steps: sublanes of the narrowest type, and two parts
 # Failing rows that a call of 8192 tokens may expect: each costs a share of a dense pass.
 _EXPECTED_FAILURES, _TOKENS = 0.05, 8192
-_MOST_CANDIDATES = 8192
+_NEVER = 1e-9  # what each list of the merge adds at most to the probability of a row to fail
+_MOST_CANDIDATES, _MOST_KEPT = 8192, 16
 
 
 class Chip(NamedTuple):
-    """A kind of TPU: tokens per tile, the parts its matmul comes in, the bytes of VMEM a call may use."""
+    """A kind of TPU: tokens of a tile; (width, number) of the parts of its columns, the first that fits being taken;
+    multiply-adds of a tile, as its program is unrolled and compiling takes seconds per 2^30; bytes of VMEM."""
 
     rows: int
-    parts: int
+    parts: tuple[tuple[int, int], ...]
+    most_work: int
     vmem: int
 
 
 _MIB = 1 << 20
+_PARTS = (512, 2), (512, 1), (256, 2)
+# On a v6e fewer than 560 rows wait for w_enc, and two narrow parts beat a wide one.
 _CHIPS = {
-    "TPU v5 lite": Chip(512, 1, 100 * _MIB),
-    "TPU v5": Chip(512, 1, 100 * _MIB),
-    "TPU v6 lite": Chip(1024, 2, 100 * _MIB),
-    "TPU7x": Chip(1024, 2, 56 * _MIB),
+    "TPU v5 lite": Chip(512, _PARTS, 3 << 29, 100 * _MIB),
+    "TPU v5": Chip(512, _PARTS, 3 << 29, 100 * _MIB),
+    "TPU v6 lite": Chip(1024, ((512, 2), (256, 2)), 3 << 30, 100 * _MIB),
+    "TPU7x": Chip(512, ((512, 2), (256, 2)), 1 << 31, 56 * _MIB),
 }
-
-
 KINDS = tuple(_CHIPS)
-SMALLEST = Chip(512, 1, 56 * _MIB)  # for simulations, and kinds that are not known
+SMALLEST = Chip(512, _PARTS, 3 << 29, 56 * _MIB)  # for simulations, and kinds that are not known
 
 
 class Plan(NamedTuple):
-    """Bins and values kept per bin; rows of a tile, in `parts`; columns of a tile."""
+    """Bins and values kept per bin; rows and columns of a tile; parts of its columns, multiplied one by one."""
 
     bins: int
     keep: int
@@ -44,15 +48,43 @@ class Plan(NamedTuple):
     parts: int
     columns: int
 
+    def lengths(self, latents: int, k: int) -> tuple[int, ...]:
+        """How long lists are kept when 1, 2, 4, ... up to all bins are merged; the last is no shorter than k."""
+        lengths, merged = [self.keep], 1
+        while merged < self.bins:
+            merged, whole = 2 * merged, 2 * lengths[-1]
+            few = (n for n in range(lengths[-1], whole) if self._rare(latents, k, n, merged))
+            lengths.append(next(few, whole))
+        return tuple(lengths)
 
-def failure_probability(latents: int, k: int, bins: int, keep: int) -> float:
+    def _rare(self, latents: int, k: int, length: int, merged: int) -> bool:
+        return failure_probability(latents, k, self.bins, length, merged) <= _NEVER
+
+    def failure_probability(self, latents: int, k: int) -> float:
+        """An upper bound for a row, all lists of the merge included: the sum of theirs."""
+        lengths = self.lengths(latents, k)
+        first = failure_probability(latents, k, self.bins, self.keep)
+        # A list of all that two lists held drops nothing.
+        return first + sum(
+            failure_probability(latents, k, self.bins, length, 1 << i)
+            for i, length in enumerate(lengths)
+            if i and length < 2 * lengths[i - 1]
+        )
+
+
+def columns_of(latents: int, bins: int, merged: int) -> int:
+    """The columns that so many bins together have at most."""
+    return min(latents, merged * -(-latents // bins))
+
+
+def failure_probability(latents: int, k: int, bins: int, keep: int, merged: int = 1) -> float:
     """An upper bound on the probability that a row fails, its k largest latents lying anywhere with equal chance.
 
-    P(fail) <= bins * P(X >= keep),    X = how many of k - 1 drawn from `latents` without replacement fall among the
-    ceil(latents / bins) of one bin (hypergeometric). The sum over bins is Boole's inequality, within a few per cent
-    where P is small. 0 where a bin never drops anything.
+    P(fail) <= lists * P(X >= keep),    lists = bins / merged, X = how many of k - 1 drawn from `latents` without
+    replacement fall among the `columns_of` one list (hypergeometric). The sum over lists is Boole's inequality, within
+    a few per cent where P is small. 0 where a list never drops anything.
     """
-    size, drawn = -(-latents // bins), k - 1
+    size, drawn = columns_of(latents, bins, merged), k - 1
     if size <= keep:
         return 0.0
     total = _log_choose(latents, drawn)
@@ -61,7 +93,7 @@ def failure_probability(latents: int, k: int, bins: int, keep: int) -> float:
         for j in range(keep, min(size, drawn) + 1)
         if drawn - j <= latents - size
     )
-    return min(1.0, bins * math.fsum(terms))
+    return min(1.0, bins // merged * math.fsum(terms))
 
 
 def _log_choose(n: int, r: int) -> float:
@@ -69,11 +101,11 @@ def _log_choose(n: int, r: int) -> float:
 
 
 def choose_bins(latents: int, k: int) -> tuple[int, int] | None:
-    """The fewest candidates (bins, keep), `keep` a power of two, that hold k and rarely fail; None where none does."""
+    """The fewest candidates (bins, keep) that hold k and rarely fail; None where too many would be needed."""
     fits = [
         (bins * keep, keep, bins)
         for bins in (LANES << i for i in range(5))
-        for keep in (2, 4, 8, 16)
+        for keep in range(1, _MOST_KEPT + 1)
         if k <= bins * keep <= _MOST_CANDIDATES
         and _TOKENS * failure_probability(latents, k, bins, keep) <= _EXPECTED_FAILURES
     ]
@@ -89,25 +121,24 @@ def make_plan(chip: Chip, x: Any, w_enc: Any, k: int) -> Plan | None:
     if (found := choose_bins(f, k)) is None:
         return None
     bins, keep = found
-    parts = chip.parts if n > chip.rows // 2 else 1
-    rows = min(chip.rows, -(-n // _ROWS) * _ROWS)
-    columns = min(1024 if d <= 2048 else 512, -(-f // bins) * bins)
-    columns = max(bins, columns // bins * bins)
-    while rows >= _ROWS * parts:
-        plan = Plan(bins, keep, rows, parts, columns)
-        if vmem_bytes(plan, d, x.dtype.itemsize, w_enc.dtype.itemsize) <= chip.vmem:
-            return plan
-        if columns > bins and columns > LANES * 4:
-            columns = max(bins, columns // 2 // bins * bins)
-        else:
-            rows = rows // 2 // _ROWS * _ROWS
+    fewest = -(-n // _ROWS) * _ROWS
+    sizes = x.dtype.itemsize, w_enc.dtype.itemsize
+    passes = 6 if 4 in sizes else 1  # float32 is made of bfloat16 products
+    for rows in (chip.rows >> i for i in range(6)):
+        for part, number in chip.parts:
+            width = max(bins, min(part, -(-f // bins) * bins))
+            parts = min(number, -(-f // width))
+            plan = Plan(bins, keep, min(rows, fewest), parts, width * parts)
+            short = passes * plan.rows * d * plan.columns <= chip.most_work or rows <= _FEW_ROWS
+            if short and vmem_bytes(plan, d, *sizes) <= chip.vmem:
+                return plan
     return None
 
 
 def vmem_bytes(plan: Plan, d: int, x_bytes: int, w_bytes: int) -> int:
     """Of the blocks, two of each, the products, and as much again as the products for what the compiler spills."""
     blocks = plan.rows * d * x_bytes + d * plan.columns * w_bytes + 4 * plan.columns
-    lists = 4 * plan.rows * plan.bins * (2 * plan.keep + 1)
+    lists = 8 * plan.rows * plan.bins * plan.keep
     return 2 * (blocks + lists + 4 * plan.rows * plan.columns)
 
 
