@@ -138,6 +138,12 @@ def test_outer_in_tiles_of_tokens():
     outer(values, indices, matrix((10, 1024), "float32"), 140, tokens=4)
 
 
+@pytest.mark.all
+def test_outer_with_the_groups_that_are_compiled():
+    values, indices = code(300, 7, 200)  # 2100 slots: three chunks, long runs
+    outer(values, indices, matrix((300, 256), "float32"), 200, chunk=outer_tpu.CHUNK, unroll=outer_tpu.UNROLL)
+
+
 def test_a_row_that_is_not_finite_stays_with_its_latents():
     indices = jnp.arange(24, dtype=jnp.int32).reshape(12, 2) // 3
     rows = matrix((12, 128), "float32").at[4].set(jnp.nan)  # of latents 2 and 3
