@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from qscope_kernels.sparse_decode import sparse_decode
-from qscope_kernels.sparse_decode.sharded import sparse_decode_sharded
+from qscope_kernels.sparse_decode import gather_dot, sparse_decode
+from qscope_kernels.sparse_decode.sharded import gather_dot_sharded, sparse_decode_sharded
+from qscope_kernels.sparse_outer import sparse_outer
+from qscope_kernels.sparse_outer.sharded import sparse_outer_sharded
 from qscope_kernels.topk_encode import topk_encode, xla
 from qscope_kernels.topk_encode.sharded import topk_encode_sharded
 
@@ -137,6 +139,23 @@ def test_decoding_equals_one_device_whatever_the_unused_indices(mesh, arrays):
     np.testing.assert_array_equal(found, sparse_decode(values, indices, arrays[3]))
 
 
+def test_products_and_outer_sums_equal_one_device_and_only_sums_travel(mesh, arrays, collectives):
+    values, indices = small_integers(N, K, seed=4), np.random.default_rng(5).integers(0, F, (N, K)).astype(np.int32)
+    x, w_dec, over = arrays[0], arrays[3], {"mesh": mesh, "data": "data", "model": "model"}
+    dot = jax.jit(functools.partial(gather_dot_sharded, **over))
+    np.testing.assert_array_equal(dot(x, indices, w_dec), gather_dot(x, indices, w_dec))
+    outer = jax.jit(functools.partial(sparse_outer_sharded, latents=F, **over))
+    found = outer(values, indices, x)
+    for one, other, spec in zip(found, sparse_outer(values, indices, x, latents=F), PLACES[:1:-1], strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), one.ndim)
+    shard, rows = F // mesh.shape["model"], N // mesh.shape["data"]
+    sums = {size for name, sizes in collectives(outer.lower(values, indices, x).compile()) for size in sizes}
+    assert sums <= {shard * D, shard}
+    sums = {size for name, sizes in collectives(dot.lower(x, indices, w_dec).compile()) for size in sizes}
+    assert sums <= {rows * K}
+
+
 def test_leading_axes_are_kept(mesh, arrays):
     _, w_enc, b_enc, w_dec = placed(mesh, arrays)
     for shape in ((8, 2), (0, 2), (2, 4, 2)):
@@ -175,5 +194,9 @@ def test_what_does_not_fit_is_refused(arrays):
         encoder(mesh, k=2, contract="loose")(*arrays[:3])
     with pytest.raises(ValueError, match="must have one shape"):
         decoder(mesh)(jnp.zeros((2, 3)), jnp.zeros((2, 4), int), arrays[3])
+    with pytest.raises(ValueError, match="latents = 50 are not divisible by the 4 devices of the mesh axis 'model'"):
+        sparse_outer_sharded(
+            *(jnp.zeros((N, K)), jnp.zeros((N, K), int), arrays[0]), latents=50, mesh=mesh, data="data", model="model"
+        )
     with pytest.raises(ValueError, match="divisible"):
         encoder(mesh, k=2)(arrays[0][:3], *arrays[1:3])

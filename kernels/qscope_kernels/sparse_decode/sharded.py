@@ -1,6 +1,6 @@
-"""sparse_decode over a mesh: every device adds the rows it holds, and the partial sums are added up.
+"""sparse_decode and gather_dot over a mesh: every device adds, or multiplies with, the rows it holds.
 
-Neither w_dec nor a row of it travels, only [tokens, d] sums, and in the gradient [tokens, k] values.
+Neither the matrix nor a row of it travels, only [tokens, d] sums, and in the gradient [tokens, k] values.
 """
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.sparse_decode import check_code, sparse_decode
+from qscope_kernels.manual_axes import own_latents
+from qscope_kernels.sparse_decode import check_code, gather_dot, sparse_decode
 
 
 def sparse_decode_sharded(
@@ -31,16 +32,36 @@ def sparse_decode_sharded(
     check_code(values, indices)
 
     def partial_sum(values, indices, w_dec):
-        local = indices - jax.lax.axis_index(model) * w_dec.shape[0]
-        mine = (local >= 0) & (local < w_dec.shape[0])
+        local, mine = own_latents(indices, w_dec.shape[0], model)
         # Another shard's slot is an unused one here: values differ along `model` from now on.
         values = jax.lax.pcast(values, model, to="varying")
-        total = sparse_decode(jnp.where(mine, values, 0), jnp.where(mine, local, 0), w_dec, impl=impl)
-        return jax.lax.psum(total, model)
+        return jax.lax.psum(sparse_decode(jnp.where(mine, values, 0), local, w_dec, impl=impl), model)
 
-    tokens = PartitionSpec(data, None)
-    decode = jax.shard_map(
-        partial_sum, mesh=mesh, in_specs=(tokens, tokens, PartitionSpec(model, None)), out_specs=tokens
-    )
+    tokens, latents = PartitionSpec(data, None), PartitionSpec(model, None)
+    decode = jax.shard_map(partial_sum, mesh=mesh, in_specs=(tokens, tokens, latents), out_specs=tokens)
     k = values.shape[-1]
     return decode(values.reshape(-1, k), indices.reshape(-1, k), w_dec).reshape(*values.shape[:-1], w_dec.shape[1])
+
+
+def gather_dot_sharded(
+    rows: Float[Array, "n d"],
+    indices: Int[Array, "n k"],
+    w: Float[Array, "f d"],
+    *,
+    mesh: Mesh | AbstractMesh,
+    data: str,
+    model: str,
+    impl: str | None = None,
+) -> Float[Array, "n k"]:
+    """`gather_dot` with tokens split over `data` and the rows of w over `model`; an index beyond w gives 0.
+
+    Raises:
+      ValueError: see `gather_dot`; or an axis does not divide the tokens or the rows of w.
+    """
+
+    def products(rows, indices, w):
+        local, mine = own_latents(indices, w.shape[0], model)
+        return jax.lax.psum(jnp.where(mine, gather_dot(rows, local, w, impl=impl), 0), model)
+
+    tokens, latents = PartitionSpec(data, None), PartitionSpec(model, None)
+    return jax.shard_map(products, mesh=mesh, in_specs=(tokens, tokens, latents), out_specs=tokens)(rows, indices, w)

@@ -29,8 +29,8 @@ def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *
 def topk_encode(
     x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Top k of x [n, d] @ w_enc [d, f] + b_enc, a chunk of tokens at a time; exact in both contracts, ties go to any."""
-    del contract
+    """Top k of x [n, d] @ w_enc [d, f] + b_enc, a chunk of tokens at a time; ties go to any."""
+    del contract  # exact in both
     width = group_width(w_enc.shape[1], k)
 
     def encode_rows(rows):
