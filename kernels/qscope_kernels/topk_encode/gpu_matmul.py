@@ -7,6 +7,7 @@ lie one below the other and fetch a tile of w_enc once for all.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,15 +86,15 @@ class _Program(NamedTuple):
     def pipeline(self, step: Callable[..., Any], around: Callable[..., Any]) -> Any:
         """`step` over all tiles of the inner dimension, fetched ahead; `around` holds what else a tile needs."""
         t = self.tiling
-        shared = {"transforms": _transforms(t.inner, self.x.dtype), "memory_space": plgpu.SMEM}
-        together = {"collective_axes": ("member",)} if t.cluster > 1 else {}
+        tile = partial(plgpu.BlockSpec, transforms=_transforms(t.inner, self.x.dtype), memory_space=plgpu.SMEM)
+        together = ("member",) if t.cluster > 1 else ()
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(self.x.shape[1] // t.inner,),
             memory_registers=40,
             in_specs=[
-                plgpu.BlockSpec((2 * t.rows, t.inner), lambda i: (0, i), **shared),
-                plgpu.BlockSpec((t.inner, t.columns), lambda i: (i, 0), **shared, **together),
+                tile((2 * t.rows, t.inner), lambda i: (0, i)),
+                tile((t.inner, t.columns), lambda i: (i, 0), collective_axes=together),
             ],
             wg_axis="warpgroup",
             num_compute_wgs=2,
@@ -127,7 +128,7 @@ class _Program(NamedTuple):
                     out = self.pre.at[own, columns], self.maxima.at[groups, own]
                     _store(total[...], bias.at[warpgroup], *out, leaving.at[warpgroup])
 
-                pl.run_scoped(summed, plgpu.ACC((t.rows, t.columns), jnp.float32))
+                pl.run_scoped(summed, plgpu.WGMMAAccumulatorRef((t.rows, t.columns), jnp.float32))
 
             arrays = self.x.at[pl.ds(first, 2 * t.rows)], self.w_enc.at[:, columns]
             self.pipeline(multiply, around)(*arrays, allocations=fetched)
