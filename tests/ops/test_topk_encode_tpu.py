@@ -66,34 +66,35 @@ def integers(*shape, seed=0, low=-8, high=9):
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_any_number_of_tokens_widths_and_latents_with_ties(contract, dtype):
     # Neither 41 rows, nor 24 inputs, nor 700 latents are whole tiles; small integers are exact in both types.
     x, w, b = integers(41, 24), integers(24, 700, seed=1), integers(700, seed=2)
-    found = encode(*(jnp.asarray(a, dtype) for a in (x, w, b)), k=5, contract=contract, plan=SMALL._replace(keep=8))
+    found = encode(*(jnp.asarray(a, dtype) for a in (x, w, b)), k=5, contract=contract, plan=SMALL._replace(keep=4))
     assert found[2] == 0
     check(found, x @ w + b, 5, contract, 128)
 
 
-@pytest.mark.parametrize("contract", ["fast", pytest.param("exact", marks=pytest.mark.slow)])
-def test_networks_find_the_largest_of_all_lists(contract):
-    # A bin keeps two of its six columns. Rows beyond 1024 fill a second block; in some, one bin or one of the lists
+@pytest.mark.parametrize("contract", CONTRACTS)
+@pytest.mark.parametrize(("k", "keep"), [(3, 2), pytest.param(9, 3, marks=pytest.mark.slow)])
+def test_networks_find_the_largest_of_all_lists(contract, k, keep):
+    # A bin keeps fewer than its six columns. Rows beyond 1024 fill a second block; in some, one bin or one of the lists
     # that bins are merged into holds too many.
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1030, 6)).astype(np.float32), rng.normal(size=(6, 768)).astype(np.float32)
     x[::7, 5] = 9
     w[5, :] = np.where(np.arange(768) % 8 == 3, 1, 0)  # one sublane's bins
     w[5, 3::128] = 2
-    found = encode(x, w, np.zeros(768, np.float32), k=9, contract=contract, plan=SMALL, network=True)
+    plan = SMALL._replace(keep=keep)
+    values, indices, failures = encode(x, w, np.zeros(768, np.float32), k=k, contract=contract, plan=plan, network=True)
     pre = np.asarray(jnp.dot(x, w, precision="highest"))
     key = np.maximum(pre, 0) if contract == "exact" else rounded(pre, chunk_bits(768, 128))[0]
-    best = -np.sort(-key, axis=1)[:, :9]
-    assert 140 <= found[2] < 700
-    assert len({tuple(sorted(row)) for row in found[1]}) > 500
-    assert all(len(set(row)) == 9 for row in found[1])
-    tolerance = 1e-5 if contract == "exact" else 2.0**-20
-    np.testing.assert_allclose(found[0], best, rtol=tolerance, atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(key, found[1], axis=1), best, rtol=1e-5, atol=1e-5)
+    best = -np.sort(-key, axis=1)[:, :k]
+    assert 140 <= failures < 700
+    assert len({tuple(sorted(row)) for row in indices}) > 500
+    assert all(len(set(row)) == k for row in indices)
+    np.testing.assert_allclose(values, best, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(key, indices, axis=1), best, rtol=1e-5, atol=1e-5)
 
 
 def biased(pre, **options):
@@ -103,7 +104,7 @@ def biased(pre, **options):
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
-@pytest.mark.parametrize("k", [1, 130, 300], ids=["k=1", "k>bins", "k=f"])
+@pytest.mark.parametrize("k", [1, pytest.param(130, marks=pytest.mark.slow), 300], ids=["k=1", "k>bins", "k=f"])
 def test_any_k(contract, k):
     pre = np.random.default_rng(k).normal(size=(9, 300)).astype(np.float32)
     # Three chunks: each bin holds all its columns where it keeps four.
@@ -138,7 +139,9 @@ def fails(row, k, contract, bins=128, keep=2):
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
-@pytest.mark.parametrize("capacity", [1, 3, 64])
+@pytest.mark.parametrize(
+    "capacity", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_rows_whose_largest_share_a_bin_are_encoded_densely_and_counted(contract, capacity):
     pre = np.random.default_rng(0).uniform(0, 1, (9, 900)).astype(np.float32)
     clustered = [0, 2, 3, 7, 8]
@@ -236,7 +239,7 @@ def test_what_it_cannot_serve_is_said():
     why = lambda x, w, k=50, kind="TPU v5 lite": tpu.unsuited(Device("tpu", kind), x, w, None, k=k, contract="fast")  # noqa: E731
     x, w = array(64, 2048), array(2048, 32768)
     assert why(x, w) is None
-    assert why(x, w, kind="TPU v99") == "nothing is known of TPU v99; known are TPU v5 lite, TPU v5, TPU v6 lite, TPU7x"
+    assert "not for TPU v99" in why(x, w, kind="TPU v99")
     assert "bfloat16 and float32, not float16" in why(array(64, 2048, dtype="float16"), w)
     assert "x is empty" in why(array(0, 2048), w)
     assert "k = 20000 of 32768 needs more candidates" in why(x, w, k=20000)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qscope_kernels.dispatch import Device, device_of
+from qscope_kernels.pallas_tpu import not_tpu
 from qscope_kernels.topk_encode import tpu_plan
 from qscope_kernels.topk_encode.ref import pre_activations
 from qscope_kernels.topk_encode.tpu_finish import largest
@@ -60,9 +61,9 @@ def topk_encode(
 def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str) -> str | None:
     """Why `topk_encode` cannot serve this, or None."""
     del b_enc, contract
-    chip, f = tpu_plan.chip(device.kind), w_enc.shape[1]
-    if chip is None:
-        return f"nothing is known of {device.kind}; known are {', '.join(tpu_plan.KINDS)}"
+    if why := not_tpu(device):
+        return why
+    chip, f = tpu_plan.chip(device.kind) or tpu_plan.SMALLEST, w_enc.shape[1]
     for array in (x, w_enc):
         if array.dtype not in (jnp.bfloat16, jnp.float32):
             return f"it multiplies bfloat16 and float32, not {array.dtype}"

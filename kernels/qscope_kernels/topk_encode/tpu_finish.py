@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qscope_kernels.pallas_tpu import call, pl, pltpu
+from qscope_kernels.pallas_tpu import LANES, SUBLANES, call, pl, pltpu
 from qscope_kernels.topk_encode.tpu_networks import Item, merge
-from qscope_kernels.topk_encode.tpu_plan import LANES, SUBLANES, Plan, columns_of
+from qscope_kernels.topk_encode.tpu_plan import Plan, columns_of
 
 # A list with the bound on all that was dropped on the way to it.
 Bounded = tuple[list[Item], jax.Array]

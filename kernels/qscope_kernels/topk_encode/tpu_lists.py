@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qscope_kernels.pallas_tpu import call, pl, pltpu
+from qscope_kernels.pallas_tpu import LANES, call, pl, pltpu
 from qscope_kernels.topk_encode.tpu_networks import merge, sort
-from qscope_kernels.topk_encode.tpu_plan import LANES, Plan
+from qscope_kernels.topk_encode.tpu_plan import Plan
 
 # Larger pre-activations, and NaN, are told from the rest and left to the fallback.
 HUGE = 2.0**127

@@ -5,11 +5,13 @@ fails where one bin's last kept value exceeds the row's k-th value: then `keep` 
 """
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
-LANES, SUBLANES = 128, 8
+from qscope_kernels.pallas_tpu import LANES
+
 _FEW_ROWS = 128  # of a tile: fewer leave the matrix unit waiting for weights
-_ROWS = 32  # rows of a part come in such steps: sublanes of the narrowest type, and two parts
+_ROWS = 32  # rows of a tile come in such steps, which sublanes of every type divide
 # Failing rows that a call of 8192 tokens may expect: each costs a share of a dense pass.
 _EXPECTED_FAILURES, _TOKENS = 0.05, 8192
 _NEVER = 1e-9  # what each list of the merge adds at most to the probability of a row to fail
@@ -28,15 +30,20 @@ class Chip(NamedTuple):
 
 _MIB = 1 << 20
 _PARTS = (512, 2), (512, 1), (256, 2)
-# On a v6e fewer than 560 rows wait for w_enc, and two narrow parts beat a wide one.
+_V5E, _V5P = Chip(512, _PARTS, 3 << 29, 112 * _MIB), Chip(512, _PARTS, 3 << 29, 56 * _MIB)
+# Fewer than 560 rows wait for w_enc there, and two narrow parts beat a wide one.
+_V6E = Chip(1024, ((512, 2), (256, 2)), 3 << 30, 112 * _MIB)
 _CHIPS = {
-    "TPU v5 lite": Chip(512, _PARTS, 3 << 29, 100 * _MIB),
-    "TPU v5": Chip(512, _PARTS, 3 << 29, 100 * _MIB),
-    "TPU v6 lite": Chip(1024, ((512, 2), (256, 2)), 3 << 30, 100 * _MIB),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
     "TPU7x": Chip(512, ((512, 2), (256, 2)), 1 << 31, 56 * _MIB),
 }
 KINDS = tuple(_CHIPS)
-SMALLEST = Chip(512, _PARTS, 3 << 29, 56 * _MIB)  # for simulations, and kinds that are not known
+SMALLEST = _V5P  # for simulations, and kinds that are not known
 
 
 class Plan(NamedTuple):
@@ -50,15 +57,7 @@ class Plan(NamedTuple):
 
     def lengths(self, latents: int, k: int) -> tuple[int, ...]:
         """How long lists are kept when 1, 2, 4, ... up to all bins are merged; the last is no shorter than k."""
-        lengths, merged = [self.keep], 1
-        while merged < self.bins:
-            merged, whole = 2 * merged, 2 * lengths[-1]
-            few = (n for n in range(lengths[-1], whole) if self._rare(latents, k, n, merged))
-            lengths.append(next(few, whole))
-        return tuple(lengths)
-
-    def _rare(self, latents: int, k: int, length: int, merged: int) -> bool:
-        return failure_probability(latents, k, self.bins, length, merged) <= _NEVER
+        return _lengths(self.bins, self.keep, latents, k)
 
     def failure_probability(self, latents: int, k: int) -> float:
         """An upper bound for a row, all lists of the merge included: the sum of theirs."""
@@ -70,6 +69,16 @@ class Plan(NamedTuple):
             for i, length in enumerate(lengths)
             if i and length < 2 * lengths[i - 1]
         )
+
+
+@cache
+def _lengths(bins: int, keep: int, latents: int, k: int) -> tuple[int, ...]:
+    lengths, merged = [keep], 1
+    while merged < bins:
+        merged, whole = 2 * merged, 2 * lengths[-1]
+        rare = (n for n in range(lengths[-1], whole) if failure_probability(latents, k, bins, n, merged) <= _NEVER)
+        lengths.append(next(rare, whole))
+    return tuple(lengths)
 
 
 def columns_of(latents: int, bins: int, merged: int) -> int:
@@ -100,6 +109,7 @@ def _log_choose(n: int, r: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(r + 1) - math.lgamma(n - r + 1)
 
 
+@cache
 def choose_bins(latents: int, k: int) -> tuple[int, int] | None:
     """The fewest candidates (bins, keep) that hold k and rarely fail; None where too many would be needed."""
     fits = [
