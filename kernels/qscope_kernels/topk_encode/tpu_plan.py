@@ -40,7 +40,7 @@ _CHIPS = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    "TPU7x": Chip(512, ((512, 2), (256, 2)), 1 << 31, 56 * _MIB),
+    "TPU7x": Chip(512, ((512, 2), (256, 2)), 3 << 30, 56 * _MIB),
 }
 KINDS = tuple(_CHIPS)
 SMALLEST = _V5P  # for simulations, and kinds that are not known
