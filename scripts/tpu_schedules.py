@@ -4,8 +4,8 @@ python scripts/tpu_schedules.py [--chips v6e ...] [--cases d2048-f32768-k50 ...]
 
 A bundle is what a core issues in one cycle if nothing stalls: transfers between HBM and VMEM are not in these numbers.
 Counted per row block, over all tiles of w_enc, everything included: the encode and its finish, against a Pallas matmul
-with the same tiles that stores bfloat16 and keeps nothing. `filled` is the share of matrix issue slots in use; for
-XLA's own matmul, whose loops differ, it is that of its innermost loop. One process per compilation, 2 GB each.
+with the same tiles that stores bfloat16 and keeps nothing. XLA's own matmul has loops of its own: what it would take is
+estimated from the share of matrix issue slots that its innermost loop fills. One process per compilation, 2 GB each.
 """
 
 import argparse
@@ -157,19 +157,20 @@ def main() -> None:
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     print(" ".join(f"{name} {version}" for name, version in versions.items()), "| bundles per row block, no HBM")
-    print(f"{'chip':6}{'case':20}{'':6}{'plain':>9}{'encode':>9}{'finish':>8}{'ratio':>7}  filled: plain, XLA, encode")
+    print(f"{'chip':6}{'case':20}{'':6}{'XLA':>9}{'plain':>9}{'encode':>9}{'finish':>8}  of XLA  of plain")
     rows: list[dict[str, Any]] = []
     for chip in options.chips:
         for case in options.cases or [case.name for case in RELEASED]:
             plain, xla = (measure(chip, case, what, options.tokens) for what in ("plain", "xla"))
             for contract in options.contracts:
                 found = measure(chip, case, contract, options.tokens)
-                ratio = plain["sweep"] / (found["sweep"] + found["finish"])
-                row = {"chip": chip, "case": case, "contract": contract, "ratio": ratio}
+                ours, estimate = found["sweep"] + found["finish"], plain["sweep"] * plain["filled"] / xla["filled"]
+                row = {"chip": chip, "case": case, "contract": contract, "of_plain": plain["sweep"] / ours}
+                row["of_xla"] = estimate / ours
                 rows.append(row | {"plain": plain, "xla": xla, "encode": found})
                 print(
-                    f"{chip:6}{case:20}{contract:6}{plain['sweep']:9}{found['sweep']:9}{found['finish']:8.0f}"
-                    f"{ratio:7.3f}  {plain['filled']:.3f} {xla['filled']:.3f} {found['filled']:.3f}",
+                    f"{chip:6}{case:20}{contract:6}{estimate:9.0f}{plain['sweep']:9}{found['sweep']:9}"
+                    f"{found['finish']:8.0f}{row['of_xla']:8.3f}{row['of_plain']:10.3f}",
                     flush=True,
                 )
                 if options.json:  # after every row: a long run that is cut short leaves what it has
