@@ -87,6 +87,19 @@ def test_the_last_columns_count_where_groups_do_not_divide_the_width():
         check(row, 4)
 
 
+@pytest.mark.parametrize(("f", "k"), [(4096, 4), (32_768, 50), (32_768, 100)], ids=str)
+@pytest.mark.parametrize("nan", [np.nan, -np.nan], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_among_thousands_is_never_hidden(f, k, nan, dtype):
+    """XLA for CPUs takes maxima of 4096 floats and more with a library that skips NaNs."""
+    rows = np.random.default_rng(f).integers(-4, 4, (2, f)).astype(np.float32)
+    rows[0, [0, f // 2 + 3, f - 1]] = nan
+    rows[0, 7] = np.inf
+    rows = jnp.asarray(rows, dtype)
+    check(rows, k)
+    assert np.isnan(np.asarray(chosen(rows, k)[0], np.float32)[0, :3]).all()
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows(n):
     values, indices = chosen(jnp.ones((n, 1000)), 8)

@@ -46,10 +46,26 @@ def group_width(f: int, k: int) -> int:
 
 def best_groups(pre: jax.Array, k: int, width: int) -> tuple[jax.Array, jax.Array]:
     """The k groups of `width` neighbours with the largest maxima: (maxima, groups) [n, k], ties to the first group."""
-    maxima = ordered(jnp.max(_runs(pre, width), axis=2))
+    maxima = group_maxima(pre, width)
     shown = jax.lax.platform_dependent(maxima, cpu=partial(_hide, k=k), default=lambda maxima: maxima)
     maxima, groups = jax.lax.top_k(shown, k)
     return maxima, groups
+
+
+def group_maxima(pre: jax.Array, width: int) -> jax.Array:
+    """[n, groups]: the largest entry of each group, as `ordered`; NaN where there is one.
+
+    Compared as integers of the same order: XLA for CPUs takes large maxima of floats with a library that skips NaNs.
+    """
+    x = ordered(pre)
+    bits = jnp.int32 if x.dtype == jnp.float32 else jnp.int64
+    largest = jnp.iinfo(bits).max
+
+    def swapped(b):  # negative floats grow with their bits, as integers they must fall; its own inverse
+        return jnp.where(b < 0, b ^ largest, b)
+
+    keys = swapped(jax.lax.bitcast_convert_type(_runs(x, width), bits))
+    return jax.lax.bitcast_convert_type(swapped(jnp.max(keys, axis=2)), x.dtype)
 
 
 def _hide(x: jax.Array, *, k: int) -> jax.Array:
