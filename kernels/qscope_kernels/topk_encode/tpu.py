@@ -4,6 +4,8 @@ What a bin drops is no larger than the last value it keeps. So if no bin's last 
 all kept ones, these hold the row's k largest; every row is checked, and the few that fail are encoded densely.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +14,8 @@ import jax.numpy as jnp
 from qscope_kernels.dispatch import Device, device_of
 from qscope_kernels.pallas_tpu import not_tpu
 from qscope_kernels.topk_encode import tpu_plan
-from qscope_kernels.topk_encode.ref import pre_activations
 from qscope_kernels.topk_encode.tpu_finish import largest
-from qscope_kernels.topk_encode.tpu_lists import HUGE, bin_lists, chunk_bits, split_key
+from qscope_kernels.topk_encode.tpu_lists import HUGE, bin_lists, chunk_bits, dense, split_key
 
 # Rows that one pass of the dense fallback takes.
 _CAPACITY = 64
@@ -54,7 +55,8 @@ def topk_encode(
     exact = contract == "exact"
     lists = bin_lists(x, w_enc, b_enc, plan=plan, exact=exact, vmem=chip.vmem, interpret=interpret)
     values, indices, failed = _finish(lists, latents=f, k=k, plan=plan, vmem=chip.vmem, interpret=interpret)
-    values, indices = _repair(x, w_enc, b_enc, values, indices, failed, min(capacity, n))
+    multiply = partial(dense, w_enc=w_enc, plan=plan, vmem=chip.vmem, interpret=interpret)
+    values, indices = _repair(multiply, x, b_enc, values, indices, failed, min(capacity, n))
     return (values, indices, jnp.sum(failed, dtype=jnp.int32)) if with_failures else (values, indices)
 
 
@@ -108,15 +110,18 @@ def _sorted(lists: list[jax.Array], latents: int, k: int, plan: tpu_plan.Plan) -
     return keys, places, bound
 
 
-def _repair(x, w_enc, b_enc, values, indices, failed, capacity: int) -> tuple[jax.Array, jax.Array]:
+def _repair(
+    multiply: Callable[[jax.Array], jax.Array], x, b_enc, values, indices, failed, capacity: int
+) -> tuple[jax.Array, jax.Array]:
     """Encodes the failed rows densely, `capacity` of them at a time, until none is left."""
     n, k = values.shape
 
     def encode(state):
         values, indices, failed = state
         rows = jnp.nonzero(failed, size=capacity, fill_value=n)[0]
-        pre = pre_activations(x.at[rows].get(mode="clip"), w_enc, b_enc)
-        best, where = jax.lax.top_k(pre, k)
+        pre = multiply(x.at[rows].get(mode="clip")) + b_enc.astype(jnp.float32)
+        # Hardware makes NaNs with the sign bit set, which top_k would rank below all numbers.
+        best, where = jax.lax.top_k(jnp.where(jnp.isnan(pre), jnp.nan, pre), k)
         values = values.at[rows].set(jax.nn.relu(best), mode="drop")
         return values, indices.at[rows].set(where, mode="drop"), failed.at[rows].set(False, mode="drop")
 

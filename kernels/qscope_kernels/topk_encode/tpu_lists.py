@@ -66,6 +66,29 @@ def bin_lists(
     )
 
 
+def dense(x: jax.Array, w_enc: jax.Array, *, plan: Plan, vmem: int, interpret: Any = None) -> jax.Array:
+    """x @ w_enc [rows, f] in float32, of few rows; XLA's own would have w_enc laid out anew, in every call (TPU7x)."""
+
+    def body(x_ref, w_ref, out_ref):
+        out_ref[...] = _multiply(x_ref[...], w_ref[...])
+
+    (rows, d), f = x.shape, w_enc.shape[1]
+    (product,) = call(
+        body,
+        x,
+        w_enc,
+        out=[((rows, f), jnp.float32)],
+        out_specs=[pl.BlockSpec((rows, plan.columns), lambda j: (0, j))],
+        grid=(-(-f // plan.columns),),
+        in_specs=[pl.BlockSpec((rows, d), lambda j: (0, 0)), pl.BlockSpec((d, plan.columns), lambda j: (0, j))],
+        semantics=("parallel",),
+        vmem=vmem,
+        interpret=interpret,
+        name="topk_dense",
+    )
+    return product
+
+
 def split_key(keys: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """The value that each key stands for, the middle of those that share it, and its chunk; 0 stands for 0."""
     pattern = jax.lax.bitcast_convert_type(keys, jnp.int32)
