@@ -13,12 +13,14 @@ import jax
 
 
 class Device(NamedTuple):
-    """What a program is made for: "cpu", "gpu" or "tpu", the kind, such as "TPU v6 lite" or "NVIDIA H200", and how many
-    cores (of a GPU: streaming multiprocessors) one has, where that is known."""
+    """What a program is made for: "cpu", "gpu" or "tpu", the kind, such as "TPU v6 lite" or "NVIDIA H200", how many
+    cores (of a GPU: streaming multiprocessors) one has, where that is known, and whether arrays are split over several
+    by the compiler: it cannot split a kernel, which must stand inside `shard_map` there."""
 
     platform: str
     kind: str
     cores: int | None = None
+    split: bool = False
 
 
 class Kernel(NamedTuple):
@@ -43,14 +45,23 @@ def deferred(platform: str, module: str, name: str, *, automatic: bool = True) -
 
 def device_of(*arrays: jax.Array) -> Device:
     """The device that arrays are on, traced or not: that of their mesh, else the one that JAX uses by default."""
-    for array in arrays:
-        device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    for device in (getattr(mesh, "abstract_device", None) for mesh in meshes):
         if device is not None:
-            return Device(device.platform, device.device_kind, device.num_cores)
+            return Device(device.platform, device.device_kind, device.num_cores, any(map(_splits, meshes)))
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         default = jax.devices(default)[0]
     return Device(default.platform, default.device_kind, getattr(default, "core_count", None))
+
+
+def _splits(mesh: Any) -> bool:
+    """Whether a mesh has an axis of several devices that `shard_map` has not taken over."""
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(size > 1 and kind != jax.sharding.AxisType.Manual for kind, size in axes)
+
+
+SPLIT = "it cannot be split over the devices of a mesh: call it inside shard_map, or the operation's sharded form"
 
 
 def pick(

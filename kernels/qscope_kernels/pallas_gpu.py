@@ -8,7 +8,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qscope_kernels.dispatch import Device
+from qscope_kernels.dispatch import SPLIT, Device
 from qscope_kernels.manual_axes import varying_axes
 
 __all__ = ["call", "load", "not_hopper", "pl", "plgpu", "strided", "vector_length"]
@@ -18,9 +18,9 @@ WARPGROUP = 128  # threads that run as one "thread" of Pallas
 
 def not_hopper(device: Device) -> str | None:
     """Why a kernel for Hopper cannot run there, or None."""
-    if any(name in device.kind for name in ("H100", "H200", "GH200")):
-        return None
-    return f"it is made for Hopper (H100, H200, GH200), not for {device.kind}"
+    if not any(name in device.kind for name in ("H100", "H200", "GH200")):
+        return f"it is made for Hopper (H100, H200, GH200), not for {device.kind}"
+    return SPLIT if device.split else None
 
 
 def vector_length(size: int, dtype: Any) -> int:

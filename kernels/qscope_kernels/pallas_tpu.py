@@ -7,7 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qscope_kernels.dispatch import Device
+from qscope_kernels.dispatch import SPLIT, Device
 from qscope_kernels.manual_axes import alike
 
 __all__ = ["LANES", "SUBLANES", "call", "not_tpu", "pl", "pltpu", "vmem_bytes"]
@@ -28,7 +28,9 @@ _VMEM = {
 
 def not_tpu(device: Device) -> str | None:
     """Why kernels that are compiled for v5e, v5p, v6e and TPU7x do not run there, or None."""
-    return None if device.kind in _VMEM else f"it is made for {sorted(_VMEM)}, not for {device.kind}"
+    if device.kind not in _VMEM:
+        return f"it is made for {sorted(_VMEM)}, not for {device.kind}"
+    return SPLIT if device.split else None
 
 
 def vmem_bytes(device: Device) -> int:
@@ -51,7 +53,7 @@ def call(
     `out` lists (shape, dtype) of the results, `semantics` says of each grid axis "parallel" or "arbitrary", `vmem` is
     the limit in bytes, `interpret` is True or `pltpu.InterpretParams` to simulate, `checks` of addresses may be left
     out where they are known to be good, `options` are those of `pl.pallas_call`. Inside `shard_map` the results vary
-    along the mesh axes that any of the arrays varies along.
+    along the mesh axes that any of the arrays varies along. Under `vmap` it runs once per element of the batch.
     """
     arrays = tuple(alike(arrays))
     varying = jax.typeof(arrays[0]).manual_axis_type
@@ -60,4 +62,5 @@ def call(
         dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem, disable_bounds_checks=not checks
     )
     run = pl.pallas_call(body, out_shape=types, compiler_params=params, interpret=interpret or False, **options)
-    return run(*arrays)
+    # A batch is one call after another: Pallas cannot give a kernel a part of an array that it reads by itself.
+    return jax.custom_batching.sequential_vmap(lambda *arrays: run(*arrays))(*arrays)

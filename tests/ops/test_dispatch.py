@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from qscope_kernels.dispatch import Kernel, device_of, pick
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from qscope_kernels.dispatch import Device, Kernel, device_of, pick
 from qscope_kernels.sparse_decode import gather_dot, sparse_decode
 from qscope_kernels.sparse_outer import sparse_outer
 from qscope_kernels.topk_encode import topk_encode
@@ -124,11 +124,48 @@ def test_gradients_run_in_the_implementation_asked_for_where_their_operations_ha
     assert calls == [5, 5]
 
 
+TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+
+
+def tpu_arrays(shape, *, data):
+    """Of float32 on a mesh of TPUs that are not there, the first axis split over `data` of them."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = AbstractMesh((data, 1), ("data", "model"), kinds, abstract_device=TPU)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+
+
 def test_the_device_is_that_of_the_mesh_else_the_default():
-    assert device_of().platform == device_of(jnp.ones(2)).platform == "cpu"
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    placed = jax.device_put(jnp.ones(2), NamedSharding(mesh, PartitionSpec("data")))
-    assert device_of(placed).platform == "cpu"
+    assert device_of() == device_of(jnp.ones(2)) == Device("cpu", "cpu")
+    assert jax.devices()[0].platform == "cpu"
+    for data, split in ((1, False), (8, True)):
+        seen = []
+        jax.eval_shape(lambda x, seen=seen: seen.append(device_of(jnp.ones(2), x + 1)), tpu_arrays((8,), data=data))
+        assert seen == [Device("tpu", "TPU v5 lite", 1, split=split)]
+
+
+def test_inside_shard_map_nothing_is_split_any_more():
+    seen, x = [], tpu_arrays((8,), data=8)
+    mesh = x.sharding.mesh
+    for axes in ({"data", "model"}, {"data"}, {"model"}):
+        look = jax.shard_map(
+            lambda x: seen.append(device_of(x).split) or x, mesh=mesh, in_specs=PartitionSpec(*axes & {"data"}),
+            out_specs=PartitionSpec(*axes & {"data"}), axis_names=axes,
+        )  # fmt: skip
+        jax.eval_shape(look, x)
+    assert seen == [False, False, True]
+
+
+def test_a_kernel_is_left_alone_where_the_compiler_splits_arrays_over_devices():
+    """It cannot split a kernel; on one device the same shapes are served."""
+
+    def encode(impl, data):
+        arrays = tpu_arrays((8, 128), data=data), jnp.ones((128, 1024)), jnp.ones(1024)
+        return str(jax.make_jaxpr(lambda *arrays: topk_encode(*arrays, k=2, impl=impl))(*arrays))
+
+    assert "pallas_call" in encode(None, 1)
+    assert "pallas_call" not in encode(None, 8)
+    with pytest.raises(ValueError, match=r"impl = 'tpu' cannot serve this: it cannot be split .* inside shard_map"):
+        encode("tpu", 8)
 
 
 def test_a_portable_name_is_found_without_asking_kernels():

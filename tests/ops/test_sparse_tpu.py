@@ -59,6 +59,14 @@ def test_gather_dot_multiplies_rows_with_those_that_a_code_names(shape, dtype):
     np.testing.assert_allclose(out, products(rows, indices, w), rtol=1e-5, atol=1e-4)
 
 
+def test_a_batch_is_one_call_after_another():
+    """Each with a weight of its own, which a kernel reads by itself and Pallas cannot cut for it."""
+    w, interpret = matrix((2, 8, 128), "float32"), pltpu.InterpretParams()
+    values, indices = map(jnp.stack, zip(code(3, 2, 8), code(3, 2, 8, seed=1), strict=True))
+    found = jax.vmap(lambda *arrays: decode_tpu.sparse_decode(*arrays, interpret=interpret))(values, indices, w)
+    np.testing.assert_allclose(found, jax.vmap(decode_ref.sparse_decode)(values, indices, w), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("odd", [0, 1])
 def test_the_neighbour_of_a_packed_row_does_not_leak(odd):
     w = matrix((16, 128), "bfloat16").at[1 - odd :: 2].set(jnp.nan)
