@@ -168,6 +168,19 @@ def test_a_kernel_is_left_alone_where_the_compiler_splits_arrays_over_devices():
         encode("tpu", 8)
 
 
+def test_gradients_of_gradients_pass_through_kernels_as_well():
+    """Nothing differentiates a kernel itself: what stands for it at the first order does at the second."""
+    arrays = tpu_arrays((1024, 128), data=1), tpu_arrays((8, 128), data=1)
+
+    def loss(w, x):
+        values, indices = topk_encode(x, w.T, jnp.ones(1024), k=2)
+        return jnp.sum((sparse_decode(values, indices, w) - x) ** 2)
+
+    second = jax.make_jaxpr(jax.grad(lambda w, x: jnp.sum(jax.grad(loss)(w, x) ** 2)))(*arrays)
+    names = {name for name in ("sparse_decode", "gather_dot", "sparse_outer") if f"name={name}" in str(second)}
+    assert names == {"sparse_decode", "gather_dot", "sparse_outer"}
+
+
 def test_a_portable_name_is_found_without_asking_kernels():
     kernels = {"mine": Kernel("cpu", never, never)}
     assert pick("operation", {"xla": nothing, "ref": suits}, kernels, "ref", jnp.ones(2)) is suits

@@ -81,6 +81,26 @@ def test_gradients_equal_those_of_the_definition(impl):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "ref"])
+def test_gradients_of_products_and_of_gradients_equal_those_of_the_definition(impl):
+    rng = np.random.default_rng(3)
+    indices, w = rng.integers(-2, F + 2, (6, K)), jnp.asarray(W_DEC)
+    values, rows, target = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, K), (6, D), (6, K)))
+
+    def decoded(v, w, impl):
+        return jnp.sum(sparse_decode(v, indices, w, impl=impl) ** 3)
+
+    losses = {
+        "dot": lambda x, w, impl: jnp.sum(target * gather_dot(x, indices, w, impl=impl) ** 2),
+        "slope": lambda v, w, impl: sum(jnp.sum(g**2) for g in jax.grad(decoded, argnums=(0, 1))(v, w, impl)),
+    }
+    for (name, loss), first in zip(losses.items(), (rows, values), strict=True):
+        expected, found = (jax.grad(loss, argnums=(0, 1))(first, w, i) for i in ("ref", impl))
+        for one, other in zip(found, expected, strict=True):
+            assert np.any(other), name
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(other))))
+
+
 @pytest.mark.parametrize("k", [1, 9, 10, 11, 25])
 def test_any_number_of_slots(k):
     """Groups of ten and what they leave over."""
@@ -170,6 +190,13 @@ def test_what_does_not_fit_is_refused_with_what_was_expected():
     for wrong in ((rows[:1], indices), (rows[:, :4], indices), (rows, indices[0]), (rows[0], indices)):
         with pytest.raises(ValueError, match=r"do not fit; expected \[n, d\], \[n, k\] and \[f, d\]"):
             gather_dot(*wrong, W_DEC)
+
+
+def test_no_slot_at_all():
+    none = jnp.zeros((2, 0))
+    with pytest.raises(ValueError, match=r"values \(2, 0\) .* must have one shape, \[..., k\], k > 0"):
+        sparse_decode(none, none.astype(int), W_DEC)
+    assert gather_dot(jnp.ones((2, D)), none.astype(int), W_DEC).shape == (2, 0)
 
 
 def test_values_and_indices_have_one_shape():

@@ -76,6 +76,28 @@ def test_few_tokens(impl, n):
     check(found, oracle(values, indices, ROWS[:n], F))
 
 
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "ref"])
+def test_gradients_equal_those_of_the_definition(impl):
+    rng = np.random.default_rng(1)
+    values, indices = jnp.asarray(rng.normal(size=(N, K)), jnp.float32), rng.integers(-2, F + 2, (N, K))
+
+    def loss(values, rows, impl):
+        sums, totals = sparse_outer(values, indices, rows, latents=F, impl=impl)
+        return jnp.sum(sums**2) + jnp.sum(totals**3)
+
+    expected, found = (jax.grad(loss, argnums=(0, 1))(values, jnp.asarray(ROWS), i) for i in ("ref", impl))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_indices_too_narrow_for_the_number_of_latents(impl):
+    values, indices = np.ones((N, K), np.float32), np.full((N, K), 100, np.int8)
+    found, total = outer(values, indices, ROWS, latents=1000, impl=impl)
+    np.testing.assert_allclose(found[100], K * ROWS.sum(0), rtol=1e-5)
+    assert total[100] == total.sum() == N * K
+
+
 def test_no_product_per_slot_is_kept():
     n, k, d, f = 64, 32, 128, 256
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((n, k), "float32"), ((n, k), "int32"), ((n, d), "float32"))]

@@ -54,7 +54,7 @@ def gather_dot(
 ) -> Float[Array, "n k"]:
     """The products of every row with the k rows of w that it names, accumulated in float32 [n, k].
 
-    An index beyond w counts as the nearest one.
+    An index beyond w counts as the nearest one. Differentiable as `sparse_decode` is.
 
     Raises:
       ValueError: a shape or a dtype does not fit, or `impl` is unknown.
@@ -66,7 +66,8 @@ def gather_dot(
         raise ValueError(
             f"rows {rows.shape}, indices {indices.shape} and w {w.shape} do not fit; expected [n, d], [n, k] and [f, d]"
         )
-    return pick("gather_dot", _DOT_IMPLEMENTATIONS, _DOT_KERNELS, impl, *arrays)(*alike(arrays))
+    run = pick("gather_dot", _DOT_IMPLEMENTATIONS, _DOT_KERNELS, impl, *arrays)
+    return run(*arrays) if run is ref.gather_dot else _dot(run, impl, *alike(arrays))
 
 
 def offered(impl: str | None) -> str | None:
@@ -74,11 +75,16 @@ def offered(impl: str | None) -> str | None:
     return impl if impl in (*_IMPLEMENTATIONS, *_KERNELS) else None
 
 
+def dot_offered(impl: str | None) -> str | None:
+    """The same for gather_dot."""
+    return impl if impl in (*_DOT_IMPLEMENTATIONS, *_DOT_KERNELS) else None
+
+
 def check_code(values: Array, indices: Array) -> None:
     """Raises ValueError where values and indices do not belong together."""
-    if values.shape != indices.shape or not values.ndim:
+    if values.shape != indices.shape or not values.ndim or not values.shape[-1]:
         raise ValueError(
-            f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape, [..., k]"
+            f"values {tuple(values.shape)} and indices {tuple(indices.shape)} must have one shape, [..., k], k > 0"
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"values are {values.dtype}; expected a floating dtype")
@@ -101,14 +107,13 @@ def _decode(run: Callable[..., jax.Array], impl, values, indices, w_dec) -> jax.
 
 
 def _forward(run, impl, *arrays):
-    return run(*arrays), arrays
+    return _decode(run, impl, *arrays), arrays  # not `run`: this is differentiated too, for gradients of gradients
 
 
 def _backward(run, impl, arrays, given):
     values, indices, w_dec = arrays
     # What nobody asks for is dead code, which the compiler removes.
-    dot = impl if impl in (*_DOT_IMPLEMENTATIONS, *_DOT_KERNELS) else None
-    dvalues = gather_dot(given, indices, w_dec, impl=dot)
+    dvalues = gather_dot(given, indices, w_dec, impl=dot_offered(impl))
     dw_dec, _ = sparse_outer.sparse_outer(
         values, indices, given, latents=w_dec.shape[0], impl=sparse_outer.offered(impl)
     )
@@ -116,3 +121,22 @@ def _backward(run, impl, arrays, given):
 
 
 _decode.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot(run: Callable[..., jax.Array], impl, rows, indices, w) -> jax.Array:
+    return run(rows, indices, w)
+
+
+def _dot_forward(run, impl, *arrays):
+    return _dot(run, impl, *arrays), arrays
+
+
+def _dot_backward(run, impl, arrays, given):
+    rows, indices, w = arrays
+    drows = sparse_decode(given, indices, w, impl=offered(impl))
+    dw, _ = sparse_outer.sparse_outer(given, indices, rows, latents=w.shape[0], impl=sparse_outer.offered(impl))
+    return drows.astype(rows.dtype), None, dw.astype(w.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)

@@ -44,7 +44,7 @@ def gather_dot(rows: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:
         tied, rows, indices = jax.lax.optimization_barrier((w, rows, indices))
         return jnp.einsum("nd,nad->na", rows.astype(jnp.float32), _rows(tied, indices), precision="highest")
 
-    return map_blocks(products, (rows, indices), _BLOCK_ELEMENTS // (indices.shape[1] * w.shape[1]))
+    return map_blocks(products, (rows, indices), _BLOCK_ELEMENTS // max(1, indices.shape[1] * w.shape[1]))
 
 
 def _rows(w: jax.Array, indices: jax.Array) -> jax.Array:

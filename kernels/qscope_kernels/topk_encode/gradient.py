@@ -36,7 +36,7 @@ def _encode(run, impl, *arrays) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(run, impl, *arrays):
-    values, indices = run(*arrays)
+    values, indices = _encode(run, impl, *arrays)  # not `run`: this is differentiated too, for gradients of gradients
     return (values, indices), (arrays, values, indices)
 
 
