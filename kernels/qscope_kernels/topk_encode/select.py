@@ -78,16 +78,18 @@ def _hide(x: jax.Array, *, k: int) -> jax.Array:
     if width < 2:
         return x
     bins = jnp.max(_runs(x, width), axis=2)
-
-    def bisect(_, interval):
-        low, high = interval
-        middle = low / 2 + high / 2
-        reached = jnp.sum((bins >= middle).astype(jnp.float32), axis=1, keepdims=True) >= k
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
     ends = jnp.min(bins, axis=1, keepdims=True), jnp.max(bins, axis=1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, 8, bisect, ends)
+    low, *_ = jax.lax.fori_loop(0, 8, _bisect, (*ends, bins, jnp.float32(k)))
     return jnp.where(x < low, -jnp.inf, x)
+
+
+def _bisect(_, state):
+    """Halves the interval low..high [n, 1] such that k bins [n, m] reach low still."""
+    # All in the state and nothing closed over: outside `jit` it is compiled once, not at every call.
+    low, high, bins, k = state
+    middle = low / 2 + high / 2
+    reached = jnp.sum((bins >= middle).astype(jnp.float32), axis=1, keepdims=True) >= k
+    return jnp.where(reached, middle, low), jnp.where(reached, high, middle), bins, k
 
 
 def members(pre: jax.Array, groups: jax.Array, width: int) -> jax.Array:
