@@ -27,7 +27,8 @@ def topk_encode_sharded(
     contract: Literal["exact", "fast"] = "exact",
     impl: str | None = None,
 ) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
-    """`topk_encode` with tokens split over the mesh axis `data` and latents over `model`; equal to it, ties included.
+    """`topk_encode` with tokens split over the mesh axis `data` and latents over `model`; equal to it, and so are ties
+    where each device gives them to the lowest index.
 
     The result is split over `data` and whole on every device along `model`. [tokens, shards * k] candidates travel.
 
