@@ -34,8 +34,8 @@ def topk_encode(
 
     Pre-activations are accumulated in float32: float32 inputs at full precision, others in their own products. "exact"
     ranks these; "fast" lets a kernel rank and return them rounded, "ref" and "xla" make no difference. Ties go to the
-    lowest index in "ref" and "xla", to any in kernels. Where fewer than k are positive, the remaining values are 0 and their indices
-    mean nothing. A NaN pre-activation ranks above all.
+    lowest index in "ref" and "xla", to any in kernels. Where fewer than k are positive, the remaining values are 0 and
+    their indices mean nothing. A NaN pre-activation ranks above all.
     The gradient reads and writes active latents alone; "ref" can be differentiated forward too, the others in reverse.
 
     Raises:
