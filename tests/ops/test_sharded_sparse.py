@@ -188,6 +188,8 @@ def test_only_candidates_and_sums_travel(mesh, collectives):
 
 def test_what_does_not_fit_is_refused(arrays):
     mesh = make_mesh(2, 4)
+    with pytest.raises(ValueError, match=rf"x \({N}, {D}\), w_enc \({F},\) and b_enc \({F},\) do not fit"):
+        encoder(mesh, k=4)(arrays[0], arrays[1][0], arrays[2])
     with pytest.raises(ValueError, match=r"k = 49 does not lie in 1\.\.48"):
         encoder(mesh, k=49)(*arrays[:3])
     with pytest.raises(ValueError, match="contract = 'loose'"):

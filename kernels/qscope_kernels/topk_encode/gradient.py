@@ -6,6 +6,7 @@ dx = E @ w_enc.T,    dw_enc = x.T @ E,    db_enc = sum of E over tokens.
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ def _encode(run, impl, *arrays) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(run, impl, *arrays):
-    values, indices = _encode(run, impl, *arrays)  # not `run`: this is differentiated too, for gradients of gradients
+    # Not `run`: this is differentiated too, for gradients of gradients.
+    values, indices = cast(tuple[jax.Array, jax.Array], _encode(run, impl, *arrays))
     return (values, indices), (arrays, values, indices)
 
 

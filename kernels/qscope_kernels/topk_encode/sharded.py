@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels.topk_encode import check_choice, topk_encode
+from qscope_kernels.topk_encode import check_choice, check_encoder, topk_encode
 from qscope_kernels.topk_encode.select import select
 
 
@@ -35,6 +35,7 @@ def topk_encode_sharded(
     Raises:
       ValueError: see `topk_encode`; or an axis does not divide the tokens or the latents.
     """
+    check_encoder(x, w_enc, b_enc)
     check_choice(k, w_enc.shape[1], contract)
 
     def candidates(x, w_enc, b_enc):
