@@ -5,7 +5,7 @@ cache held any of them; busy latents are found in caches, so that a share above 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,17 @@ class Data(NamedTuple):
     w_enc: jax.Array
     b_enc: jax.Array
     w_dec: jax.Array
+
+
+def check_impl(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that no operation has on this device: other forms would be measured in its place."""
+    tables, platform = (
+        (encoding._KERNELS, decoding._KERNELS, decoding._DOT_KERNELS, outer._KERNELS),
+        device_of().platform,
+    )
+    known = {name for table in tables for name, kernel in table.items() if kernel.platform == platform} | {"ref", "xla"}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--impl {' '.join(unknown)}: expected some of {', '.join(sorted(known))} on this {platform}")
 
 
 def random_data(case: Case, setting: Setting) -> Data:

@@ -16,7 +16,7 @@ from qscope_jax.benchmarks.forward import bench_forward, bench_prefill
 from qscope_jax.benchmarks.load import bench_load
 from qscope_jax.benchmarks.moe import bench_moe
 from qscope_jax.benchmarks.rows import Row, Setting, markdown, setting_of
-from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient
+from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient, check_impl
 from qscope_jax.benchmarks.step import bench_step
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.jobs.run import Run, versions
@@ -64,10 +64,11 @@ def run(config: Config) -> None:
     """Runs the benchmarks one after the other and prints each as it is done.
 
     Raises:
-      ValueError: torch is not installed for `forward`, a compilation cache is in the way of `compile`, or a case is
-        unknown.
+      ValueError: torch is not installed for `forward`, a compilation cache is in the way of `compile`, or a case or
+        an implementation is unknown.
       Interrupted: SIGTERM or SIGINT came; the rows measured so far are written.
     """
+    check_impl(config.impl)
     setting = setting_of(
         cases=config.cases, tokens=config.tokens, dtype=config.dtype, impl=config.impl, rounds=config.rounds,
         budget=config.budget,

@@ -11,6 +11,7 @@ from qscope_kernels.sparse_outer import sparse_outer
 from qscope_jax.benchmarks import sparse, sparse_torch, step
 from qscope_jax.benchmarks.codes import random_code, shares
 from qscope_jax.benchmarks.rows import Setting, Work, implementations, markdown, measure, picked, setting_of
+from qscope_jax.jobs import bench
 
 CASE = Case(d=32, f=256, k=8)
 SETTING = Setting((CASE,), tokens=64, dtype=jnp.dtype("float32"), rounds=3)
@@ -145,3 +146,10 @@ def test_the_setting_follows_the_device_and_knows_the_released_cases():
     assert implementations(setting_of(impl=["foreign", "own"]), kernels) == ("own",)
     assert picked(setting, kernels, jnp.ones(2)) == "own"
     assert picked(setting, kernels, jnp.ones(1)) == "xla"
+
+
+def test_an_implementation_that_this_device_lacks_is_refused():
+    sparse.check_impl(["ref", "xla"])
+    for name in ("gpu", "xal"):
+        with pytest.raises(ValueError, match=f"--impl {name}: expected some of ref, xla on this cpu"):
+            bench.run(bench.Config(what=("encode",), impl=("xla", name)))
