@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 
 
 class Device(NamedTuple):
@@ -44,15 +45,23 @@ def deferred(platform: str, module: str, name: str, *, automatic: bool = True) -
 
 
 def device_of(*arrays: jax.Array) -> Device:
-    """The device that arrays are on, traced or not: that of their mesh, else the one that JAX uses by default."""
+    """The device that arrays are on: that of their mesh, or where they were put; else, as for traced arrays that are on
+    no mesh, the one that JAX uses by default (`jax.default_device`)."""
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     for device in (getattr(mesh, "abstract_device", None) for mesh in meshes):
         if device is not None:
             return Device(device.platform, device.device_kind, device.num_cores, any(map(_splits, meshes)))
+    for array in arrays:
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.committed:
+            return _described(next(iter(array.devices())))
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is None or isinstance(default, str):
         default = jax.devices(default)[0]
-    return Device(default.platform, default.device_kind, getattr(default, "core_count", None))
+    return _described(default)
+
+
+def _described(device: Any) -> Device:
+    return Device(device.platform, device.device_kind, getattr(device, "core_count", None))
 
 
 def _splits(mesh: Any) -> bool:

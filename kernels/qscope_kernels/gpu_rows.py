@@ -34,7 +34,7 @@ def add_rows(
       layout: of the vector in registers.
       unroll: how many rows are in flight.
 
-    A last group that is not full reads its last row again, with weight 0, rather than the rest one after another.
+    A last group that is not full reads its last row again, for nothing, rather than the rest one after another.
     """
     full = isinstance(start, int) and isinstance(stop, int) and (stop - start) % unroll == 0
 
@@ -45,9 +45,11 @@ def add_rows(
         # All loads come first, so that they are in flight together.
         vectors = [load(row(at), layout) for at, _, _ in entries]
         for number, (_, weight, amount), values in zip(numbers, entries, vectors, strict=True):
-            if not full:
-                weight, amount = (jnp.where(number < stop, x, 0.0) for x in (weight, amount))
-            vector, scalar = vector + weight * values.astype(jnp.float32), scalar + amount
+            product = weight * values.astype(jnp.float32)
+            if not full:  # the product, not the weight: 0 times infinity is no nothing
+                inside = jnp.broadcast_to(number < stop, product.shape)
+                product, amount = jnp.where(inside, product, 0.0), jnp.where(number < stop, amount, 0.0)
+            vector, scalar = vector + product, scalar + amount
         return vector, scalar
 
     return jax.lax.fori_loop(0, (stop - start + unroll - 1) // unroll, group, total)

@@ -15,6 +15,7 @@ from qscope_jax.benchmarks.extract import bench_extract
 from qscope_jax.benchmarks.forward import bench_forward, bench_prefill
 from qscope_jax.benchmarks.load import bench_load
 from qscope_jax.benchmarks.moe import bench_moe
+from qscope_jax.benchmarks.paired import FEWEST
 from qscope_jax.benchmarks.rows import Row, Setting, markdown, setting_of
 from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient, check_impl
 from qscope_jax.benchmarks.step import bench_step
@@ -64,11 +65,13 @@ def run(config: Config) -> None:
     """Runs the benchmarks one after the other and prints each as it is done.
 
     Raises:
-      ValueError: torch is not installed for `forward`, a compilation cache is in the way of `compile`, or a case or
-        an implementation is unknown.
+      ValueError: too few rounds, torch is not installed for `forward`, a compilation cache is in the way of `compile`,
+        or a case or an implementation is unknown.
       Interrupted: SIGTERM or SIGINT came; the rows measured so far are written.
     """
     check_impl(config.impl)
+    if config.rounds < FEWEST:
+        raise ValueError(f"--rounds {config.rounds}: quartiles need at least {FEWEST} pairs")
     setting = setting_of(
         cases=config.cases, tokens=config.tokens, dtype=config.dtype, impl=config.impl, rounds=config.rounds,
         budget=config.budget,

@@ -66,6 +66,6 @@ def test_temporaries_do_not_grow_with_the_number_of_experts(tpu_mesh):
         compiled(mesh, NAMES[0], "forward", num_experts=experts)[1].memory_analysis().temp_size_in_bytes
         for experts in (32, 128)
     )
-    # The router's logits, their softmax and (from libtpu 0.0.52 on) part of a copy do; the experts' matrices of one layer
+    # Router logits, their softmax and (from libtpu 0.0.52 on) part of a copy do; a layer's matrices of those experts
     # that a device holds would be twelve times as much.
     assert many - few < 3 * 4 * ROWS * T * (128 - 32)

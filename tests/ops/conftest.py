@@ -1,5 +1,7 @@
 """Kernels for devices that are not there run simulated, with a search for races in what their threads do."""
 
+import contextlib
+
 import jax
 import pytest
 
@@ -14,3 +16,23 @@ def simulated_gpu():
     with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True, uninitialized_memory=unwritten)):
         yield
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.fixture
+def compilations():
+    """A context manager that yields a list, into which every compilation puts an entry meanwhile."""
+
+    @contextlib.contextmanager
+    def watch():
+        seen = []
+
+        def listen(event, *_, **__):
+            seen.extend([event] if "backend_compile" in event else [])
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield seen
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return watch

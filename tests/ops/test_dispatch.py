@@ -181,6 +181,12 @@ def test_gradients_of_gradients_pass_through_kernels_as_well():
     assert names == {"sparse_decode", "gather_dot", "sparse_outer"}
 
 
+def test_an_array_that_was_put_somewhere_is_there_whatever_the_default(monkeypatch):
+    put = jax.device_put(jnp.ones(2), jax.devices()[3])
+    monkeypatch.setattr(jax, "devices", never)
+    assert device_of(put).platform == "cpu"
+
+
 def test_a_portable_name_is_found_without_asking_kernels():
     kernels = {"mine": Kernel("cpu", never, never)}
     assert pick("operation", {"xla": nothing, "ref": suits}, kernels, "ref", jnp.ones(2)) is suits

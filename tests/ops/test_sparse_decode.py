@@ -207,3 +207,12 @@ def test_values_and_indices_have_one_shape():
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"sparse_decode has no implementation 'tpu9'; there are \[.*'ref', .*'xla'\]"):
         sparse_decode(jnp.zeros((2, 3)), jnp.zeros((2, 3), int), W_DEC, impl="tpu9")
+
+
+def test_outside_jit_a_second_call_compiles_nothing(compilations):
+    values, indices = jnp.ones((2, 13)), jnp.zeros((2, 13), int)
+    first, second = (jnp.asarray(np.random.default_rng(seed).normal(size=(F, D)), jnp.float32) for seed in (0, 1))
+    sparse_decode(values, indices, first, impl="xla")
+    with compilations() as seen:
+        sparse_decode(values, indices, second, impl="xla")
+    assert not seen

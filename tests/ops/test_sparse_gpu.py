@@ -53,6 +53,12 @@ def test_decode_equals_the_definition(simulated, k, unroll, dtype):
     close(found, decode_ref.sparse_decode(values, indices, w))
 
 
+def test_a_group_that_is_not_full_adds_its_last_row_once_even_if_it_is_infinite(simulated):
+    values, indices = jnp.ones((1, 4)), jnp.asarray([[0, 1, 2, 3]], jnp.int32)
+    w = matrix(F, 128).at[3].set(jnp.inf)
+    np.testing.assert_array_equal(decode_gpu.sparse_decode(values, indices, w, unroll=3), jnp.full((1, 128), jnp.inf))
+
+
 def test_decode_serves_widths_that_16_bytes_a_thread_do_not_divide(simulated):
     values, indices = code(2, 5)
     w = matrix(F, 384, "bfloat16")

@@ -130,3 +130,12 @@ def test_unknown_names_are_refused_with_the_known_ones():
     arrays = jnp.zeros((2, 3)), jnp.zeros((2, 3), int), jnp.zeros((2, 4))
     with pytest.raises(ValueError, match=r"sparse_outer has no implementation 'tpu9'; there are \[.*'ref', .*'xla'\]"):
         sparse_outer(*arrays, latents=5, impl="tpu9")
+
+
+def test_outside_jit_a_second_call_compiles_nothing(compilations):
+    values, indices = jnp.ones((4, 3)), jnp.zeros((4, 3), int)
+    first, second = (jnp.asarray(np.random.default_rng(seed).normal(size=(4, 5)), jnp.float32) for seed in (0, 1))
+    sparse_outer(values, indices, first, latents=7, impl="xla")
+    with compilations() as seen:
+        sparse_outer(values, indices, second, latents=7, impl="xla")
+    assert not seen

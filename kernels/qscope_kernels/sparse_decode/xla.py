@@ -19,22 +19,26 @@ def sparse_decode(values: jax.Array, indices: jax.Array, w_dec: jax.Array) -> ja
     n, k = values.shape
     values, indices = values.T.astype(jnp.float32), indices.T
 
-    def add(total, slots):
-        # Tied to the loop: jax 0.10 on CPU would otherwise widen all of a bfloat16 array before it.
-        w, (values, indices) = jax.lax.optimization_barrier((w_dec, slots))
-        for value, index in zip(values, indices, strict=True):
-            total = total + value[:, None] * _rows(w, index)
-        return total, None
-
     # Like `values`: inside shard_map, what differs between devices must do so from the start.
-    total = jnp.zeros_like(values, shape=(n, w_dec.shape[1]))
+    state = jnp.zeros_like(values, shape=(n, w_dec.shape[1])), w_dec
     groups, rest = divmod(k, _SLOTS)
     if rest:
-        total, _ = add(total, (values[:rest], indices[:rest]))
+        state, _ = _add(state, (values[:rest], indices[:rest]))
     if groups:
         slots = tuple(part[rest:].reshape(groups, _SLOTS, n) for part in (values, indices))
-        total, _ = jax.lax.scan(add, total, slots)
-    return total
+        state, _ = jax.lax.scan(_add, state, slots)
+    return state[0]
+
+
+def _add(state, slots):
+    """Adds a group of slots to the sums [n, d] of the state, which holds w_dec too."""
+    # Nothing is closed over, so that outside `jit` the loop is compiled once, not at every call.
+    total, w_dec = state
+    # Tied to the loop: jax 0.10 on CPU would otherwise widen all of a bfloat16 array before it.
+    w, (values, indices) = jax.lax.optimization_barrier((w_dec, slots))
+    for value, index in zip(values, indices, strict=True):
+        total = total + value[:, None] * _rows(w, index)
+    return (total, w_dec), None
 
 
 def gather_dot(rows: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:

@@ -14,9 +14,13 @@ def sparse_outer(
     rows = rows.astype(jnp.float32)
     values, indices = values.T.astype(jnp.float32), jnp.clip(indices.T, 0, latents - 1)
 
-    def add_slot(total, slot):
-        value, index = slot
-        return (total[0].at[index].add(value[:, None] * rows), total[1].at[index].add(value)), None
+    sums, amounts = jnp.zeros_like(rows, shape=(latents, rows.shape[1])), jnp.zeros_like(rows, shape=(latents,))
+    (sums, amounts, _), _ = jax.lax.scan(_add, (sums, amounts, rows), (values, indices))
+    return sums, amounts
 
-    start = jnp.zeros_like(rows, shape=(latents, rows.shape[1])), jnp.zeros_like(rows, shape=(latents,))
-    return jax.lax.scan(add_slot, start, (values, indices))[0]
+
+def _add(state, slot):
+    """Adds one slot of every token to the sums of the state, which holds the rows too."""
+    # Nothing is closed over, so that outside `jit` the loop is compiled once, not at every call.
+    (sums, amounts, rows), (value, index) = state, slot
+    return (sums.at[index].add(value[:, None] * rows), amounts.at[index].add(value), rows), None
