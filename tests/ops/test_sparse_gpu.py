@@ -17,6 +17,11 @@ H200 = Device("gpu", "NVIDIA H200")
 F, D = 16, 256
 
 
+def many(n, k):
+    """A code too large to make, as shapes."""
+    return jax.ShapeDtypeStruct((n, k), jnp.float32), jax.ShapeDtypeStruct((n, k), jnp.int32)
+
+
 @pytest.fixture
 def simulated(simulated_gpu, monkeypatch):
     """As `simulated_gpu`; that of JAX 0.10 knows no layouts, on which no result depends."""
@@ -150,6 +155,8 @@ def test_kernels_say_what_they_cannot_serve():
             Device("gpu", "NVIDIA A100"), values, indices, matrix(F)
         ),
         "d = 200 is no multiple of 128": decode_gpu.unsuited(H200, values, indices, matrix(F, 200)),
+        r"vectors \[16777216, 256\]": decode_gpu.unsuited(H200, *many(1 << 24, 1), matrix(F)),
+        "pieces of 2147483648 slots": outer_gpu.unsuited(H200, *many(1 << 25, 64), matrix(3), latents=F),
         "rows of int32": decode_gpu.unsuited(H200, values, indices, matrix(F, dtype="int32")),
         "values of int32": outer_gpu.unsuited(H200, indices, indices, matrix(3), latents=F),
         r"a gradient \[16777216, 256\]": outer_gpu.unsuited(H200, values, indices, matrix(3), latents=1 << 24),

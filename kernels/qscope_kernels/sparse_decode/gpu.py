@@ -64,4 +64,7 @@ def unsuited(device: Device, values: jax.Array, indices: jax.Array, w_dec: jax.A
     """Why `sparse_decode` cannot serve this, or None; also for `gather_dot`, with the token's rows as `values`."""
     if values.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"values of {values.dtype}"
+    n, d = indices.shape[0], w_dec.shape[1]
+    if n * d >= 2**31:
+        return f"vectors [{n}, {d}] have more elements than 31 bits count"
     return not_hopper(device) or unsuited_rows(w_dec.shape, w_dec.dtype, indices, LONGEST_ROW)

@@ -103,4 +103,6 @@ def unsuited(device: Device, values: jax.Array, indices: jax.Array, rows: jax.Ar
         return f"values of {values.dtype}"
     if latents * rows.shape[1] >= 2**31 or latents < 1:
         return f"a gradient [{latents}, {rows.shape[1]}] has no element or more than 31 bits count"
+    if indices.size // PIECE * rows.shape[1] >= 2**31:
+        return f"sums of the pieces of {indices.size} slots have more elements than 31 bits count"
     return not_hopper(device) or unsuited_rows(rows.shape, rows.dtype, indices, 2**30)

@@ -25,7 +25,8 @@ def sparse_outer_sharded(
 ) -> tuple[Float[Array, "f d"], Float[Array, "f"]]:
     """`sparse_outer` with tokens split over the mesh axis `data` and latents, and the result, over `model`.
 
-    A slot that names no latent counts nowhere.
+    A slot that names no latent counts nowhere. If a token's row is not finite, then latents that it does not name may
+    become NaN too, on other shards.
 
     Raises:
       ValueError: see `sparse_outer`; or an axis does not divide the tokens or the latents.
