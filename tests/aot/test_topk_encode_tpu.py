@@ -56,6 +56,13 @@ def test_float32_and_the_exact_contract_compile(tpu_mesh, topology):
     assert memory.temp_size_in_bytes < 2 * TOKENS * SMALL.f  # half of float32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "tpu7x:2x2x1"])
+def test_long_float32_vectors_fit_the_least_vector_memory(tpu_mesh, topology):
+    """With the parts that the compiler makes of float32, which two wide parts of a tile would leave no room for."""
+    compile_for(tpu_mesh, topology, Case(5120, 8192, 100), tokens=256, contract="exact", dtype=jnp.float32)
+
+
 @pytest.mark.all
 @pytest.mark.parametrize("case", RELEASED, ids=lambda case: case.name)
 @pytest.mark.parametrize("contract", ["fast", "exact"])

@@ -70,9 +70,11 @@ def dense(x: jax.Array, w_enc: jax.Array, *, plan: Plan, vmem: int, interpret: A
     """x @ w_enc [rows, f] in float32, of few rows; XLA's own would have w_enc laid out anew, in every call (TPU7x)."""
 
     def body(x_ref, w_ref, out_ref):
-        out_ref[...] = _multiply(x_ref[...], w_ref[...])
+        for part in range(plan.parts):  # as in the lists, so that it takes no more memory than they do
+            columns = pl.ds(part * width, width)
+            out_ref[:, columns] = _multiply(x_ref[...], w_ref[:, columns])
 
-    (rows, d), f = x.shape, w_enc.shape[1]
+    (rows, d), f, width = x.shape, w_enc.shape[1], plan.columns // plan.parts
     (product,) = call(
         body,
         x,

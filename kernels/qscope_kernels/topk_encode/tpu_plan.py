@@ -146,10 +146,15 @@ def make_plan(chip: Chip, x: Any, w_enc: Any, k: int) -> Plan | None:
 
 
 def vmem_bytes(plan: Plan, d: int, x_bytes: int, w_bytes: int) -> int:
-    """Of the blocks, two of each, the products, and as much again as the products for what the compiler spills."""
+    """Of the blocks, two of each, the products, and as much again as the products for what the compiler spills.
+
+    Besides, of a number of x a copy, or 8 bytes where float32 is multiplied; then 4 too of one of the columns at hand:
+    the bfloat16 parts that the compiler makes, fitted to what libtpu 0.0.51 says it needs.
+    """
     blocks = plan.rows * d * x_bytes + d * plan.columns * w_bytes + 4 * plan.columns
     lists = 8 * plan.rows * plan.bins * plan.keep
-    return 2 * (blocks + lists + 4 * plan.rows * plan.columns)
+    split = 8 * plan.rows * d + 4 * d * plan.columns // plan.parts if 4 in (x_bytes, w_bytes) else 2 * plan.rows * d
+    return 2 * (blocks + lists + 4 * plan.rows * plan.columns) + split
 
 
 def chip(kind: str) -> Chip | None:
