@@ -168,6 +168,23 @@ def test_no_slot_is_read_before_it_arrives(when, capfd):
     assert "RACE" not in "".join(capfd.readouterr()).upper()
 
 
+def test_outside_jit_a_second_call_compiles_nothing(compilations):
+    (values, indices), rows, w = code(5, 1, 8), matrix((5, 128), "float32"), matrix((8, 128), "float32")
+
+    def call(values, rows):
+        decode_tpu.sparse_decode(values, indices, w, interpret=True)
+        decode_tpu.gather_dot(rows, indices, w, interpret=True)
+        outer_tpu.sparse_outer(values, indices, rows, latents=8, **SMALL)
+
+    others = values * 2, rows * 2
+    with compilations() as seen:
+        call(values, rows)
+    assert seen
+    with compilations() as seen:
+        call(*others)
+    assert not seen
+
+
 @pytest.mark.parametrize(("d", "mib", "at_least"), [(2048, 128, 8192), (5120, 128, 4096), (5120, 64, 1536)])
 def test_tiles_fit_the_vector_memory(d, mib, at_least):
     tokens = outer_tpu.tokens_at_once(d, mib << 20)

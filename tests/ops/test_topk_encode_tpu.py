@@ -193,6 +193,18 @@ def test_an_infinite_pre_activation_ranks_above_the_finite_ones(contract):
     assert failures == 2
 
 
+def test_outside_jit_a_second_call_compiles_nothing(compilations, monkeypatch):
+    monkeypatch.setattr(tpu, "_LONGEST_NETWORK", 0)
+    x, w, b = jnp.ones((2, 4)), jnp.ones((4, 130)), jnp.ones(130)
+    call = partial(tpu.topk_encode, k=3, contract="exact", plan=SMALL, interpret=True, with_failures=True)
+    with compilations() as seen:
+        call(x, w, b)
+    assert seen
+    with compilations() as seen:
+        call(x, w, b)
+    assert not seen
+
+
 @pytest.mark.parametrize(
     ("a", "b", "keep"), [(4, 4, 4), (8, 4, 8), (3, 2, 4), (5, 7, 8), (2, 3, 5), (7, 1, 8), (10, 2, 10)]
 )

@@ -4,6 +4,7 @@ Bound by memory. A gather of each slot's rows [n, d], as the portable form has i
 for each slot.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from qscope_kernels.sparse_decode.tpu_rows import (
 MOST_SLOTS = 256  # beyond, the unrolled loops are long to compile and codes fill the scalar memory
 
 
+# Compiled once outside `jit` too, not at every call.
+@partial(jax.jit, static_argnames="interpret")
 def sparse_decode(values: jax.Array, indices: jax.Array, w_dec: jax.Array, *, interpret: Any = None) -> jax.Array:
     """Float32 sum over the slots of values [n, k] times rows w_dec[indices] of w_dec [f, d]."""
     (n, k), d = values.shape, w_dec.shape[1]
@@ -43,6 +46,7 @@ def sparse_decode(values: jax.Array, indices: jax.Array, w_dec: jax.Array, *, in
     return out.swapaxes(1, 2).reshape(-1, d)[:n]
 
 
+@partial(jax.jit, static_argnames="interpret")
 def gather_dot(rows: jax.Array, indices: jax.Array, w: jax.Array, *, interpret: Any = None) -> jax.Array:
     """Float32 products <rows[n], w[indices[n, a]]> [n, k] of rows [n, d] and w [f, d]: the decode's gradient."""
     (n, k), d = indices.shape, w.shape[1]

@@ -38,8 +38,27 @@ def sparse_outer(
 
     At most `tokens` are in a tile, by default as many as fit; `chunk` and `unroll` are powers of two.
     """
+    tokens = tokens or tokens_at_once(rows.shape[1], vmem_bytes(device_of(values, indices, rows)))
+    options = {"latents": latents, "tokens": tokens, "chunk": chunk, "unroll": unroll, "interpret": interpret}
+    return _outer(values, indices, rows, **options)
+
+
+# Compiled once outside `jit` too, not at every call.
+@functools.partial(jax.jit, static_argnames=("latents", "tokens", "chunk", "unroll", "interpret"))
+def _outer(
+    values: jax.Array,
+    indices: jax.Array,
+    rows: jax.Array,
+    *,
+    latents: int,
+    tokens: int,
+    chunk: int,
+    unroll: int,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """As `sparse_outer`, the tokens in even tiles of at most `tokens`."""
     (n, k), d = values.shape, rows.shape[1]
-    tiles = pl.cdiv(n, tokens or tokens_at_once(d, vmem_bytes(device_of(values, indices, rows))))
+    tiles = pl.cdiv(n, tokens)
     size = pl.cdiv(n, tiles)
     cut = lambda array: jnp.pad(array, ((0, tiles * size - n), (0, 0))).reshape(tiles, size, -1)  # noqa: E731
     starts, words = sorted_slots(cut(indices), latents)

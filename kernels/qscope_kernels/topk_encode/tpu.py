@@ -44,20 +44,39 @@ def topk_encode(
     fallback have exact values in both.
 
     An order of the latents that puts a row's largest ones into one bin (columns equal modulo `plan.bins`) makes that
-    row take the fallback: it costs time, never the result. Rows with a pre-activation that is not finite take it too;
-    a NaN then ranks above all. `plan` and `kind` (of device) are chosen from the shapes and the device where not given;
-    `capacity` rows at a time take the fallback; `interpret` simulates the kernels.
+    row take the fallback: it costs time, never the result. Rows with a pre-activation of 2^127 or more take it too;
+    so do NaNs, which rank above all. `plan` and `kind` (of device) are chosen from the shapes and the device where not
+    given; `capacity` rows at a time, at most those of a tile, take the fallback; `interpret` simulates the kernels.
     """
-    n, f = x.shape[0], w_enc.shape[1]
+    n = x.shape[0]
     chip = tpu_plan.chip(kind or device_of(x, w_enc, b_enc).kind) or tpu_plan.SMALLEST
     if (plan := plan or tpu_plan.make_plan(chip, x, w_enc, k)) is None:
         raise ValueError(f"no tiles of x {x.shape} and w_enc {w_enc.shape} with k = {k} fit; see `unsuited`")
-    exact = contract == "exact"
-    lists = bin_lists(x, w_enc, b_enc, plan=plan, exact=exact, vmem=chip.vmem, interpret=interpret)
-    values, indices, failed = _finish(lists, latents=f, k=k, plan=plan, vmem=chip.vmem, interpret=interpret)
-    multiply = partial(dense, w_enc=w_enc, plan=plan, vmem=chip.vmem, interpret=interpret)
-    values, indices = _repair(multiply, x, b_enc, values, indices, failed, min(capacity, n))
+    options = {"k": k, "exact": contract == "exact", "plan": plan, "vmem": chip.vmem, "interpret": interpret}
+    values, indices, failed = _encode(x, w_enc, b_enc, capacity=min(capacity, n, plan.rows), **options)
     return (values, indices, jnp.sum(failed, dtype=jnp.int32)) if with_failures else (values, indices)
+
+
+# Compiled once outside `jit` too, not at every call: it takes long.
+@partial(jax.jit, static_argnames=("k", "exact", "plan", "vmem", "capacity", "interpret"))
+def _encode(
+    x: jax.Array,
+    w_enc: jax.Array,
+    b_enc: jax.Array,
+    *,
+    k: int,
+    exact: bool,
+    plan: tpu_plan.Plan,
+    vmem: int,
+    capacity: int,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """Values and indices [n, k], and which rows [n] took the fallback."""
+    lists = bin_lists(x, w_enc, b_enc, plan=plan, exact=exact, vmem=vmem, interpret=interpret)
+    values, indices, failed = _finish(lists, latents=w_enc.shape[1], k=k, plan=plan, vmem=vmem, interpret=interpret)
+    multiply = partial(dense, w_enc=w_enc, plan=plan, vmem=vmem, interpret=interpret)
+    values, indices = _repair(multiply, x, b_enc, values, indices, failed, capacity)
+    return values, indices, failed
 
 
 def unsuited(device: Device, x: jax.Array, w_enc: jax.Array, b_enc: jax.Array, *, k: int, contract: str) -> str | None:
