@@ -30,6 +30,8 @@ def not_tpu(device: Device) -> str | None:
     """Why kernels that are compiled for v5e, v5p, v6e and TPU7x do not run there, or None."""
     if device.kind not in _VMEM:
         return f"it is made for {sorted(_VMEM)}, not for {device.kind}"
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return "with jax_enable_x64 its addresses would have 64 bits, which Mosaic does not compile"
     return SPLIT if device.split else None
 
 

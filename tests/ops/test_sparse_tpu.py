@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from qscope_kernels.dispatch import Device
+from qscope_kernels.pallas_tpu import not_tpu
 from qscope_kernels.sparse_decode import ref as decode_ref
 from qscope_kernels.sparse_decode import tpu as decode_tpu
 from qscope_kernels.sparse_outer import ref as outer_ref
@@ -103,6 +104,13 @@ def test_what_the_decode_cannot_serve_is_refused(change, why):
     shaped = jax.ShapeDtypeStruct
     arrays = shaped((n, k), jnp.float32), shaped((n, k), jnp.int32), shaped((f, d), dtype)
     assert why in decode_tpu.unsuited(Device("tpu", kind), *arrays)
+
+
+def test_with_64_bits_all_is_refused():
+    """Integers of 64 bits would be addresses, which Mosaic does not compile."""
+    assert not_tpu(V5E) is None
+    with jax.enable_x64(True):
+        assert "jax_enable_x64" in str(not_tpu(V5E))
 
 
 # Small, so that runs and blocks end within groups, at their borders and at those of chunks.
