@@ -28,7 +28,7 @@ def topk_encode_sharded(
     impl: str | None = None,
 ) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
     """`topk_encode` with tokens split over the mesh axis `data` and latents over `model`; equal to it, and so are ties
-    where each device gives them to the lowest index.
+    where each device gives them to the lowest index. "fast" rounds as it does for the latents of one device.
 
     The result is split over `data` and whole on every device along `model`. [tokens, shards * k] candidates travel.
 
