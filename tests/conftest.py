@@ -19,6 +19,16 @@ QWEN_SPLIT = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs end with their module: kept, those of the whole suite need more memory maps than Linux gives a
+    process (65,530), and the compiler crashes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """A folder with a byte-level BPE tokenizer in Qwen2's form: 300 ids of text, then three special tokens."""
