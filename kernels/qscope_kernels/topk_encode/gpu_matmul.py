@@ -152,7 +152,9 @@ def _transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """How rows of `width` elements lie in shared memory, so that no two threads ask one bank."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = min(_SMALLEST, width * itemsize)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling: Any = plgpu.TilingTransform  # type checkers take both for abstract in JAX 0.12
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, swizzle // itemsize)), swizzling(swizzle)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
