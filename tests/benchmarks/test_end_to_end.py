@@ -22,6 +22,7 @@ def narrow(num_layers: int) -> ModelConfig:
     return replace(qwen3_1p7b(num_layers), **sizes, intermediate_size=24, eos_token_ids=(1,))
 
 
+@pytest.mark.slow
 def test_forward_and_encode_in_one_program_is_encode_after_forward(monkeypatch):
     monkeypatch.setattr(end_to_end, "qwen3_1p7b", narrow)
     model = end_to_end.released_model(CASE, np.dtype("float32"), layers=2)
@@ -45,6 +46,7 @@ def test_the_rows_tell_the_arithmetic_of_both(monkeypatch):
     assert rows[0]["rate"] * rows[0]["b_seconds"] == pytest.approx(32 * (per_weight + 2 * 32 * 64))
 
 
+@pytest.mark.slow
 def test_extraction_is_measured_over_the_tokens_of_its_texts():
     result = extract.compare(
         extract._embedded(), make_encoder(load_tokenizer("demo")), documents=4, rounds=3, batch_tokens=128, top=8,

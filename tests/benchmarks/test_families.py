@@ -44,6 +44,7 @@ def test_the_shapes_are_the_released_ones_but_for_depth_experts_and_tied_embeddi
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_sides_compute_the_same(name):
     pytest.importorskip("torch")
