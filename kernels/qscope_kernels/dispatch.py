@@ -73,6 +73,21 @@ def _splits(mesh: Any) -> bool:
 SPLIT = "it cannot be split over the devices of a mesh: call it inside shard_map, or the operation's sharded form"
 
 
+def automatic(kernels: Mapping[str, Kernel], *arrays: jax.Array, **options: Any) -> str | None:
+    """The name of the first automatic kernel that serves these arguments on their device; None where none does."""
+    device = device_of(*arrays)
+    for name, kernel in kernels.items():
+        here = kernel.automatic and kernel.platform == device.platform
+        if here and kernel.unsuited(device, *arrays, **options) is None:
+            return name
+    return None
+
+
+def offered(impl: str | None, *tables: Mapping[str, Any]) -> str | None:
+    """`impl` if one of an operation's tables has it, else None: for an operation whose gradient this is."""
+    return impl if any(impl in table for table in tables) else None
+
+
 def pick(
     operation: str,
     portable: Mapping[str, Callable[..., Any]],
@@ -89,9 +104,8 @@ def pick(
     device = device_of(*arrays)
     impl = impl or os.environ.get("QSCOPE_IMPL")
     if not impl:
-        offered = (kernel for kernel in kernels.values() if kernel.automatic and kernel.platform == device.platform)
-        suited = (kernel.run for kernel in offered if kernel.unsuited(device, *arrays, **options) is None)
-        return next(suited, portable["xla"])
+        name = automatic(kernels, *arrays, **options)
+        return portable["xla"] if name is None else kernels[name].run
     if impl in portable:
         return portable[impl]
     if impl not in kernels:

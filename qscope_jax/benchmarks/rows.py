@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from qscope_kernels.cases import RELEASED, Case
-from qscope_kernels.dispatch import Kernel, device_of
+from qscope_kernels.dispatch import Kernel, automatic, device_of
 
 from qscope_jax.benchmarks.paired import paired
 
@@ -78,12 +78,7 @@ def picked(setting: Setting, kernels: Mapping[str, Kernel], *arrays: jax.Array, 
     """The name of the implementation that runs where none is asked for, or the first that was asked for."""
     if setting.impl:
         return implementations(setting, kernels)[0]
-    device = device_of(*arrays)
-    for name, kernel in kernels.items():
-        offered = kernel.platform == device.platform and kernel.automatic
-        if offered and kernel.unsuited(device, *arrays, **options) is None:
-            return name
-    return "xla"
+    return automatic(kernels, *arrays, **options) or "xla"
 
 
 def measure(

@@ -1,6 +1,5 @@
 """`qscope bench`: ratios within one run, as a table and as JSON with device and versions."""
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +103,7 @@ def run(config: Config) -> None:
 
 def all_versions() -> dict[str, str]:
     """`versions`, and those of what makes the programs of accelerators and of what ours are compared with."""
-    found = versions()
-    for name in _DEVICE_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions(*_DEVICE_PACKAGES)
 
 
 def table(name: str, result: Any) -> list[str]:

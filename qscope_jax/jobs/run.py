@@ -218,10 +218,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose version can change a result; absent packages are left out."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of packages whose version can change a result and of `others`; absent ones are left out."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qscope_kernels import sparse_outer
+from qscope_kernels import dispatch, sparse_outer
 from qscope_kernels.dispatch import deferred, pick
 from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_decode import ref, xla
@@ -71,13 +71,13 @@ def gather_dot(
 
 
 def offered(impl: str | None) -> str | None:
-    """`impl` if sparse_decode has it, else None: for an operation whose gradient this is."""
-    return impl if impl in (*_IMPLEMENTATIONS, *_KERNELS) else None
+    """`impl` if sparse_decode has it, else None."""
+    return dispatch.offered(impl, _IMPLEMENTATIONS, _KERNELS)
 
 
 def dot_offered(impl: str | None) -> str | None:
     """The same for gather_dot."""
-    return impl if impl in (*_DOT_IMPLEMENTATIONS, *_DOT_KERNELS) else None
+    return dispatch.offered(impl, _DOT_IMPLEMENTATIONS, _DOT_KERNELS)
 
 
 def check_code(values: Array, indices: Array) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qscope_kernels import dispatch
 from qscope_kernels.dispatch import deferred, pick
 from qscope_kernels.manual_axes import alike
 from qscope_kernels.sparse_outer import ref, xla
@@ -49,8 +50,8 @@ def sparse_outer(
 
 
 def offered(impl: str | None) -> str | None:
-    """`impl` if this operation has it, else None: for operations whose gradient this is."""
-    return impl if impl in (*_IMPLEMENTATIONS, *_KERNELS) else None
+    """`impl` if this operation has it, else None."""
+    return dispatch.offered(impl, _IMPLEMENTATIONS, _KERNELS)
 
 
 def _check(values: Array, indices: Array, rows: Array, latents: int) -> None:
