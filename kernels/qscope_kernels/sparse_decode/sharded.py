@@ -3,6 +3,8 @@
 Neither the matrix nor a row of it travels, only [tokens, d] sums, and in the gradient [tokens, k] values.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -31,16 +33,29 @@ def sparse_decode_sharded(
     """
     check_code(values, indices)
 
-    def partial_sum(values, indices, w_dec):
-        local, mine = own_latents(indices, w_dec.shape[0], model)
-        # Another shard's slot is an unused one here: values differ along `model` from now on.
-        values = jax.lax.pcast(values, model, to="varying")
-        return jax.lax.psum(sparse_decode(jnp.where(mine, values, 0), local, w_dec, impl=impl), model)
-
     tokens, latents = PartitionSpec(data, None), PartitionSpec(model, None)
-    decode = jax.shard_map(partial_sum, mesh=mesh, in_specs=(tokens, tokens, latents), out_specs=tokens)
+    share = partial(sparse_decode_shard, axis=model, impl=impl)
+    decode = jax.shard_map(share, mesh=mesh, in_specs=(tokens, tokens, latents), out_specs=tokens)
     k = values.shape[-1]
     return decode(values.reshape(-1, k), indices.reshape(-1, k), w_dec).reshape(*values.shape[:-1], w_dec.shape[1])
+
+
+def sparse_decode_shard(
+    values: Float[Array, "n k"],
+    indices: Int[Array, "n k"],
+    w_dec: Float[Array, "f d"],
+    *,
+    axis: str,
+    impl: str | None = None,
+) -> Float[Array, "n d"]:
+    """The same inside `shard_map`, where `w_dec` is this device's latents along the mesh axis `axis`.
+
+    `values` and `indices`, into all latents, are equal along that axis, and so is the result.
+    """
+    local, mine = own_latents(indices, w_dec.shape[0], axis)
+    # Another shard's slot is an unused one here: values differ along `axis` from now on.
+    values = jax.lax.pcast(values, axis, to="varying")
+    return jax.lax.psum(sparse_decode(jnp.where(mine, values, 0), local, w_dec, impl=impl), axis)
 
 
 def gather_dot_sharded(

@@ -4,6 +4,7 @@ The k largest of all latents are among the k largest of each shard; shards are m
 that ties still go to the lowest index. Neither w_enc nor [tokens, latents] is ever gathered, in the gradient neither.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -37,20 +38,9 @@ def topk_encode_sharded(
     """
     check_encoder(x, w_enc, b_enc)
     check_choice(k, w_enc.shape[1], contract)
-
-    def candidates(x, w_enc, b_enc):
-        mine = w_enc.shape[1]
-        values, indices = topk_encode(x, w_enc, b_enc, k=min(k, mine), contract=contract, impl=impl)
-        indices += jax.lax.axis_index(model) * mine
-        values, indices = (
-            jax.lax.all_gather(part, model, axis=1, tiled=True, to="invarying") for part in (values, indices)
-        )
-        best, slots = select(values, k)
-        return best, jnp.take_along_axis(indices, slots, axis=1)
-
     tokens = PartitionSpec(data, None)
     encode = jax.shard_map(
-        candidates,
+        partial(topk_encode_shard, k=k, axis=model, contract=contract, impl=impl),
         mesh=mesh,
         in_specs=(tokens, PartitionSpec(None, model), PartitionSpec(model)),
         out_specs=(tokens, tokens),
@@ -58,3 +48,27 @@ def topk_encode_sharded(
     values, indices = encode(x.reshape(-1, x.shape[-1]), w_enc, b_enc)
     shape = (*x.shape[:-1], k)
     return values.reshape(shape), indices.reshape(shape)
+
+
+def topk_encode_shard(
+    x: Float[Array, "n d"],
+    w_enc: Float[Array, "d f"],
+    b_enc: Float[Array, "f"],
+    *,
+    k: int,
+    axis: str,
+    contract: Literal["exact", "fast"] = "exact",
+    impl: str | None = None,
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """The same inside `shard_map`, where `w_enc` and `b_enc` are this device's latents along the mesh axis `axis`.
+
+    Values and indices, into all latents, are equal on every device of that axis.
+    """
+    mine = w_enc.shape[1]
+    values, indices = topk_encode(x, w_enc, b_enc, k=min(k, mine), contract=contract, impl=impl)
+    indices += jax.lax.axis_index(axis) * mine
+    values, indices = (
+        jax.lax.all_gather(part, axis, axis=1, tiled=True, to="invarying") for part in (values, indices)
+    )
+    best, slots = select(values, k)
+    return best, jnp.take_along_axis(indices, slots, axis=1)
