@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("qscope_jax.jobs.demo", "see the embedded model's features in two minutes; nothing is downloaded"),
     "extract": ("qscope_jax.jobs.extract", "text in, sparse features out, per document or per token"),
     "info": ("qscope_jax.jobs.info", "what is known of a model or SAE; without one, the released sets"),
-    "convert": ("qscope_jax.jobs.convert", "SAE files between native, Qwen-Scope and SAELens layouts"),
+    "convert": ("qscope_jax.jobs.convert", "SAE files between native, Qwen-Scope, SAELens and sparsify layouts"),
     "bench": ("qscope_jax.jobs.bench", "speed and memory as ratios within one run on this machine"),
 }
 EXIT_ERROR = 2

@@ -22,7 +22,7 @@ from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.extract import check_sae
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.run import Run
-from qscope_jax.sae.formats import FormatError, layers_of, open_sae, read_sae, sae_sha256, save_sae
+from qscope_jax.sae.formats import FormatError, layers_of, open_sae, read_back, read_sae, sae_sha256, save_sae
 from qscope_jax.sae.formats.facts import settle
 from qscope_jax.sae.formats.find import layer_file_name
 from qscope_jax.sae.formats.json_file import read_json
@@ -39,10 +39,10 @@ class Config:
 
     source: tyro.conf.Positional[str]
     """SAEs: "demo" (embedded), a folder, a file, owner/name[@revision] on the hub, or a remote folder."""
-    to: Literal["safetensors", "qwen-scope", "saelens"]
-    """Layout to write: native safetensors, the release's layer{n}.sae.pt for torch, or SAELens folders."""
+    to: Literal["safetensors", "qwen-scope", "saelens", "sparsify"]
+    """Layout to write: native safetensors, the release's layer{n}.sae.pt for torch, SAELens or sparsify folders."""
     out: Path
-    """Folder of the results; SAELens folders appear in it as layer{n}/."""
+    """Folder of the results; folders appear in it as layer{n}/ (SAELens) or layers.{n}/ (sparsify)."""
     layers: tuple[int, ...] = ()
     """Layers to convert; all by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -94,7 +94,8 @@ def _convert(config: Config, judge: "_Judge", source: Source, layer: int | None)
     path = config.out / name
     dtype = config.dtype or opened.stored.w_enc.array.dtype.name
     if path.exists() and _is_complete(path, expected, dtype):
-        _check_same_weights(path, cast_sae(read_sae(opened, k=config.k, dtype=None), dtype))
+        wanted = cast_sae(read_sae(opened, k=config.k, dtype=None), dtype)
+        _check_same_weights(path, read_back(wanted, format=config.to))
         return name, {"dtype": dtype, "bytes": path.stat().st_size}, True
     sae = read_sae(opened, k=config.k, dtype=None)
     facts: dict[str, Any] = {"dtype": dtype}
@@ -103,7 +104,7 @@ def _convert(config: Config, judge: "_Judge", source: Source, layer: int | None)
         facts["cost"] = {**judge.cost(sae, rounded, judge.vectors(sae)), "on": judge.what}
         sae = rounded
     save_sae(sae, path.parent, format=config.to)
-    return name, {**facts, "bytes": path.stat().st_size, "sha256": sae_sha256(sae)}, False
+    return name, {**facts, "bytes": path.stat().st_size, "sha256": sae_sha256(read_back(sae, format=config.to))}, False
 
 
 def _check_same_weights(path: Path, wanted: Sae) -> None:
@@ -173,7 +174,7 @@ def _is_complete(path: Path, expected: SaeConfig, dtype: str) -> bool:
     try:
         opened = open_sae(path)
         found = settle(str(path), opened.facts)
-    except FileNotFoundError:  # a SAELens folder that was cut off before its cfg.json
+    except FileNotFoundError:  # a folder that was cut off before its cfg.json
         return False
     theirs = {**dataclasses.asdict(found), "dtype": opened.stored.w_enc.array.dtype.name}
     ours = {**dataclasses.asdict(expected), "dtype": dtype}

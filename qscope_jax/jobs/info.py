@@ -163,7 +163,9 @@ def _as_filed(opened: OpenSae) -> dict[str, StoredTensor]:
     """The tensors under the names and in the orientation of their file."""
     enc, b_enc, dec, b_dec = opened.stored[:4]
     if opened.file.format != "saelens":
-        enc, dec = enc.transposed(), dec.transposed()
+        enc = enc.transposed()
+    if opened.file.format in ("safetensors", "qwen-scope"):
+        dec = dec.transposed()
     return dict(zip(KEYS, (enc, dec, b_enc, b_dec), strict=True))
 
 

@@ -245,7 +245,9 @@ class TestTensorsThatDoNotFit:
 
     def test_files_of_other_tools_are_recognised(self, tmp_path):
         write_torch(tmp_path / "ae.pt", {"encoder.weight": np.ones((F, D), np.float32)})
-        with pytest.raises(FormatError, match="looks like sparsify, dictionary_learning or OpenAI"):
+        with pytest.raises(
+            FormatError, match=r"looks like sparsify without its cfg\.json, dictionary_learning or OpenAI"
+        ):
             load_sae(tmp_path / "ae.pt", k=3)
 
     def test_a_name_that_promises_another_width(self, tmp_path):
@@ -442,7 +444,7 @@ class TestSaving:
         assert json.loads((tmp_path / "config.json").read_text())["sink_thresholds"] == {"2": 3.0, "10": 11.0}
 
     def test_an_unknown_format_or_layer_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="expected one of safetensors, qwen-scope, saelens"):
+        with pytest.raises(ValueError, match="expected one of safetensors, qwen-scope, saelens, sparsify"):
             save_sae(make(), tmp_path, format="npz")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="layer is unknown"):
             save_sae(make(None), tmp_path / "new")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.mesh import MeshError, on_first_process, sharding, spans_processes, to_host
-from qscope_jax.sae.formats import native, qwen_scope, saelens
+from qscope_jax.sae.formats import native, qwen_scope, saelens, sparsify
 from qscope_jax.sae.formats.facts import Facts, facts_of_name, overruled, settle
 from qscope_jax.sae.formats.find import Format, SaeFile, choose, layer_file_name, sae_files
 from qscope_jax.sae.formats.matrices import StoredSae
@@ -33,12 +33,13 @@ __all__ = [
     "load_sae",
     "load_saes",
     "open_sae",
+    "read_back",
     "sae_sha256",
     "save_sae",
 ]
 
-_READERS = {"safetensors": native.read, "qwen-scope": qwen_scope.read, "saelens": saelens.read}
-_WRITERS = {"safetensors": native.write, "qwen-scope": qwen_scope.write, "saelens": saelens.write}
+_MODULES = {"safetensors": native, "qwen-scope": qwen_scope, "saelens": saelens, "sparsify": sparsify}
+_FOLDERS = {"saelens": saelens, "sparsify": sparsify}  # formats whose weights lie in a folder of their own
 
 
 class OpenSae(NamedTuple):
@@ -112,10 +113,12 @@ def open_sae(source: str | os.PathLike[str] | Source, layer: int | None = None) 
         raise FormatError(f"layer {layer!r}: expected a layer number, counted from 0")
     source = source if isinstance(source, Source) else resolve(source, what="sae")
     file = choose(source, layer)
-    if file.format == "saelens" and not source.file:
-        source.fetch(str(Path(file.name).with_name(saelens.CONFIG)))
+    if file.format in _FOLDERS and not source.file:
+        source.fetch(str(Path(file.name).with_name(_FOLDERS[file.format].CONFIG)))
+    if file.format == "sparsify":
+        sparsify.check_hook(str(source), Path(file.name).parent.name or source.name)
     path = source.fetch(file.name)
-    stored = _READERS[file.format](path)
+    stored = _MODULES[file.format].read(path)
     said = file.layer if file.layer is not None else stored.facts.layer
     facts = [
         *_config_facts(source, path, file, layer if said is None else said),
@@ -143,11 +146,11 @@ def read_sae(
     if k is not None and (others := overruled(opened.facts, k)):
         warnings.warn(f"{opened.path}: using k = {k} as given; {others}", stacklevel=3)
     shardings = _shardings(opened, mesh)
-    arrays = {}
-    for name in SaeParams._fields:
-        stored, where = getattr(opened.stored, name), f"{opened.path}: {name}"
+    arrays, tensors = {}, sparsify.folded(opened.stored) if opened.stored.centred else opened.stored
+    for name in ("w_enc", "w_dec", "b_dec", "b_enc"):  # what is wrong with the others shows in a folded b_enc
+        stored, where = getattr(tensors, name), f"{opened.path}: {name}"
         options = {"where": where, "allow_nonfinite": allow_nonfinite, "sharding": shardings.get(name)}
-        arrays[name] = place(stored, kind or stored.array.dtype, **options)
+        arrays[name] = place(stored, kind or getattr(opened.stored, name).array.dtype, **options)
     return Sae(SaeParams(**arrays), config)
 
 
@@ -160,23 +163,25 @@ def save_sae(sae: Sae, path: str | os.PathLike[str], *, format: Format = "safete
     Args:
       sae: the SAE; its dtype is kept.
       path: a folder, in which the file is named after the layer and config.json is kept up to date; or, for
-        "safetensors" and "qwen-scope", a file name that ends in .safetensors or .pt. For "saelens" always the folder.
-      format: "safetensors" (native), "qwen-scope" (the release's, for torch), or "saelens".
+        "safetensors" and "qwen-scope", a file name that ends in .safetensors or .pt. For "saelens" and "sparsify"
+        always the folder of this one SAE; sparsify knows the layer by its name, `layers.{n}`.
+      format: "safetensors" (native), "qwen-scope" (the release's, for torch), "saelens", or "sparsify" (which rounds
+        `b_enc`: see `read_back`).
 
     Raises:
       ValueError: an unknown format, or a folder for an SAE whose layer is unknown.
       FormatError: the folder's config.json describes other SAEs; non-float dtypes.
       OSError: what was read back differs, or the disk is full. Files that were there before are then untouched.
     """
-    if format not in _WRITERS:
-        raise ValueError(f"format {format!r}: expected one of {', '.join(_WRITERS)}")
+    if format not in _MODULES:
+        raise ValueError(f"format {format!r}: expected one of {', '.join(_MODULES)}")
     file, in_set = _file_of(sae.config, Path(path), format)
     whole = jax.tree.map(to_host, sae)
 
     def write():
         if in_set:
             update_set_config(file.parent, sae.config)
-        _WRITERS[format](whole, file)
+        _MODULES[format].write(whole, file)
 
     if spans_processes(sae.params.w_enc):
         on_first_process(write)
@@ -185,10 +190,15 @@ def save_sae(sae: Sae, path: str | os.PathLike[str], *, format: Format = "safete
     return file
 
 
+def read_back(sae: Sae, *, format: Format) -> Sae:
+    """What loading an SAE gives after saving it in `format`: itself, but for sparsify's roundings of `b_enc`."""
+    return sparsify.read_back(sae) if format == "sparsify" else sae
+
+
 def _file_of(config: SaeConfig, path: Path, format: Format) -> tuple[Path, bool]:
     """The file that the weights go to, and whether the config.json beside it must speak of it."""
-    if format == "saelens":
-        return path / saelens.WEIGHTS, False
+    if format in _FOLDERS:
+        return path / _FOLDERS[format].WEIGHTS, False
     ending = ".pt" if format == "qwen-scope" else ".safetensors"
     if path.suffix == ending and not path.is_dir():
         return path, format == "qwen-scope"  # which has no place for k of its own
@@ -210,7 +220,7 @@ def _shardings(opened: OpenSae, mesh: Mesh | None) -> dict[str, NamedSharding]:
 
 def _config_facts(source: Source, path: Path, file: SaeFile, layer: int | None) -> list[Facts]:
     """What a config.json says. Beside a single file it may be anybody's, and then says nothing."""
-    if file.format == "saelens":
+    if file.format in _FOLDERS:
         return []
     if source.file:
         beside = path.with_name("config.json")

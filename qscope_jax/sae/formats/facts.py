@@ -4,12 +4,15 @@ A set's name, its config.json, a file's name, its metadata and its tensors each 
 another: where two differ, loading stops and both are named. Only an explicit k overrules, and says so.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.sae.model import SaeConfig
 from qscope_jax.sae.release import SetName
+
+_LAYER_FOLDER = re.compile(r"(?:layers?|blocks)[._-]?(\d{1,4})(?:\.hook_resid_post)?")
 
 
 class Facts(NamedTuple):
@@ -34,6 +37,12 @@ def facts_of_name(name: SetName) -> Facts:
     if row is None:
         return Facts(origin, d_sae=name.d_sae, k=name.k, backbone=name.backbone)
     return Facts(origin, row.d_model, row.d_sae, row.k, layers=row.layers, backbone=f"Qwen/{row.backbone}")
+
+
+def layer_of_folder(name: str) -> int | None:
+    """The layer that a folder's name tells: `layers.10`, `layer10`, `blocks.10.hook_resid_post`."""
+    found = _LAYER_FOLDER.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def settle(where: str, facts: Sequence[Facts], *, k: int | None = None) -> SaeConfig:

@@ -1,27 +1,32 @@
 """Which SAE files a source holds, by name alone: nothing is downloaded or opened to answer that.
 
-The one exception are SAELens folders whose name tells no layer: their small cfg.json is read.
+The one exception are folders of SAELens and sparsify whose name tells no layer: their small cfg.json is read.
 """
 
 import re
 from pathlib import PurePosixPath
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import Source
-from qscope_jax.sae.formats import native, qwen_scope, saelens
+from qscope_jax.sae.formats import native, qwen_scope, saelens, sparsify
+from qscope_jax.sae.formats.facts import layer_of_folder
 
-Format = Literal["safetensors", "qwen-scope", "saelens"]
+Format = Literal["safetensors", "qwen-scope", "saelens", "sparsify"]
 
 _LAYER_FILE = re.compile(r"layer(\d{1,4})\.sae\.(pt|safetensors)")
-_LAYER_FOLDER = re.compile(r"(?:layers?|blocks)[._-]?(\d{1,4})(?:\.hook_resid_post)?")
 _BY_ENDING: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".pt": "qwen-scope",
     ".pth": "qwen-scope",
     ".bin": "qwen-scope",
 }
-_PREFERENCE: tuple[Format, ...] = ("safetensors", "qwen-scope", "saelens")
+_PREFERENCE: tuple[Format, ...] = ("safetensors", "qwen-scope", "saelens", "sparsify")
+_FOLDERS: dict[str, tuple[Format, ModuleType]] = {
+    saelens.WEIGHTS: ("saelens", saelens),
+    sparsify.WEIGHTS: ("sparsify", sparsify),
+}
 
 
 class SaeFile(NamedTuple):
@@ -36,6 +41,8 @@ def layer_file_name(format: Format, layer: int) -> str:
     """What the weights of one layer are called in a folder of many."""
     if format == "saelens":
         return f"layer{layer}/{saelens.WEIGHTS}"
+    if format == "sparsify":
+        return f"layers.{layer}/{sparsify.WEIGHTS}"
     return f"layer{layer}{native.ENDING if format == 'safetensors' else qwen_scope.ENDING}"
 
 
@@ -46,7 +53,7 @@ def sae_files(source: Source) -> list[SaeFile]:
       FormatError: a single file whose name tells no format.
     """
     if source.file:
-        return [_single(source.file)]
+        return [_single(source, source.file)]
     names = source.names()
     found = [file for name in names if (file := _in_folder(source, names, name))]
     return sorted(found, key=lambda file: (file.layer is None, file.layer, _PREFERENCE.index(file.format), file.name))
@@ -75,10 +82,12 @@ def choose(source: Source, layer: int | None) -> SaeFile:
     raise FormatError(f"{source}: no SAE for layer {layer} in it; it has the layers {_ranges(files)}")
 
 
-def _single(name: str) -> SaeFile:
+def _single(source: Source, name: str) -> SaeFile:
     path = PurePosixPath(name)
     if path.name == saelens.WEIGHTS:
         return SaeFile("saelens", name, None)
+    if path.name == sparsify.WEIGHTS and source.fetch(name).with_name(sparsify.CONFIG).is_file():
+        return SaeFile("sparsify", name, None)
     if path.suffix not in _BY_ENDING:
         raise FormatError(
             f"{name}: expected a file that ends in {', '.join(_BY_ENDING)}; name a file or folder of SAEs"
@@ -91,12 +100,17 @@ def _in_folder(source: Source, names: tuple[str, ...], name: str) -> SaeFile | N
     if found := _LAYER_FILE.fullmatch(name):
         return SaeFile(_BY_ENDING[f".{found[2]}"], name, int(found[1]))
     path = PurePosixPath(name)
-    config = str(path.with_name(saelens.CONFIG))
-    if path.name != saelens.WEIGHTS or config not in names:
+    if path.name not in _FOLDERS:
         return None
-    folder = _LAYER_FOLDER.fullmatch(path.parent.name)
-    layer = int(folder[1]) if folder else saelens.read_facts(source.fetch(config)).layer
-    return SaeFile("saelens", name, layer)
+    format, module = _FOLDERS[path.name]
+    config = str(path.with_name(module.CONFIG))
+    if config not in names:
+        return None
+    folder = path.parent.name or source.name
+    if format == "sparsify" and sparsify.is_other_hook(folder):
+        return SaeFile(format, name, None)  # refused when it is opened, not when its neighbours are
+    layer = layer_of_folder(folder)
+    return SaeFile(format, name, module.read_facts(source.fetch(config)).layer if layer is None else layer)
 
 
 def _ranges(files: list[SaeFile]) -> str:

@@ -7,10 +7,11 @@ from qscope_jax.sae.formats.facts import Facts
 from qscope_jax.sae.formats.stored import StoredTensor
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
-Layout = Literal["release", "saelens"]
+Layout = Literal["release", "saelens", "sparsify"]
 _FOREIGN = {
-    "encoder.weight": "sparsify, dictionary_learning or OpenAI's sparse_autoencoder",
+    "encoder.weight": "sparsify without its cfg.json, dictionary_learning or OpenAI's sparse_autoencoder",
     "W_E": "llamascopium",
+    "W_skip": "a transcoder with a skip connection",
     "threshold": "a JumpReLU SAE, not a TopK one",
     "model.embed_tokens.weight": "a language model",
 }
@@ -24,12 +25,15 @@ class StoredSae(NamedTuple):
     w_dec: StoredTensor
     b_dec: StoredTensor
     facts: Facts
+    centred: bool = False
+    """Whether the file's encoder subtracts b_dec from its input; b_enc is then to be folded before it is used."""
 
 
 def check_matrices(where: str, tensors: dict[str, StoredTensor], layout: Layout) -> StoredSae:
     """Checks names and shapes of the four tensors and orients them.
 
-    The release stores W_enc (d_sae, d_model) and W_dec (d_model, d_sae); SAELens stores both the other way round.
+    The release stores W_enc (d_sae, d_model) and W_dec (d_model, d_sae); SAELens stores both the other way round, and
+    sparsify both as (d_sae, d_model).
 
     Raises:
       FormatError: a tensor is missing, unknown, of another rank or shape, or the matrices are swapped.
@@ -41,16 +45,18 @@ def check_matrices(where: str, tensors: dict[str, StoredTensor], layout: Layout)
         raise FormatError(f"{where}: expected two matrices and two vectors, found {found}")
     (d_sae,), (d_model,) = shapes["b_enc"], shapes["b_dec"]
     wide, tall = (d_model, d_sae), (d_sae, d_model)
-    enc, dec = (tall, wide) if layout == "release" else (wide, tall)
+    enc, dec = wide if layout == "saelens" else tall, wide if layout == "release" else tall
     if (shapes["W_enc"], shapes["W_dec"]) != (enc, dec):
         why = f"{where}: expected W_enc {enc} and W_dec {dec} from the lengths of b_enc and b_dec, found {found}"
-        if (shapes["W_enc"], shapes["W_dec"]) == (dec, enc):
+        if enc != dec and (shapes["W_enc"], shapes["W_dec"]) == (dec, enc):
             why += "; both matrices are swapped or transposed: was the file written in another layout?"
         raise FormatError(why)
     facts = Facts(f"the tensors of {where}", d_model=d_model, d_sae=d_sae)
     w_enc, w_dec = tensors["W_enc"], tensors["W_dec"]
+    if layout != "saelens":
+        w_enc = w_enc.transposed()
     if layout == "release":
-        w_enc, w_dec = w_enc.transposed(), w_dec.transposed()
+        w_dec = w_dec.transposed()
     return StoredSae(w_enc, tensors["b_enc"], w_dec, tensors["b_dec"], facts)
 
 
