@@ -1,0 +1,294 @@
+"""Rows of tokens for training: the same global batches whatever the number of processes, resumable to the token.
+
+Documents of each source are shuffled anew every epoch, without end; the i-th of that order belongs to virtual shard
+i mod V, which packs its own documents into its own rows. A global batch is rows / V rows of shard 0, of shard 1, ...
+"""
+
+import copy
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from qscope_jax.data.batches import Filled
+from qscope_jax.data.packing import ShardRows, TokenRun
+from qscope_jax.data.seeding import Split, make_key, split_documents, uniform
+
+State = list[dict[str, Any]]
+
+_FEED = 1  # to be raised whenever the same data and settings give other rows
+_AHEAD = 2  # batches prepared while the device works
+
+
+class DocumentSource(Protocol):
+    """Documents as token ids, by number; safe to read from several threads."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+    def read(self, number: int) -> np.ndarray | str:
+        """Token ids [n], n > 0, or the reason why there are none."""
+        ...
+
+    def place(self, number: int) -> str:
+        """What messages call the document."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able: everything that decides what `read` gives."""
+        ...
+
+
+class Feed:
+    """An endless iterator of `Filled` batches [own rows, t], made by `open_feed`; every position holds a token.
+
+    `fingerprint` is JSON-able and decides what rows come; `documents` are the numbers of documents per source.
+    """
+
+    def __init__(self, batches: "_Batches", fingerprint: dict[str, Any], documents: tuple[int, ...]):
+        self.fingerprint, self.documents = fingerprint, documents
+        self._batches, self._state = batches, batches.state
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed-ahead")
+        self._ahead: deque[Future[tuple[Filled, State]]] = deque()
+
+    def __iter__(self) -> Iterator[Filled]:
+        return self
+
+    def __next__(self) -> Filled:
+        while len(self._ahead) <= _AHEAD:
+            self._ahead.append(self._thread.submit(self._batches.make))
+        filled, self._state = self._ahead.popleft().result()
+        return filled
+
+    def state(self) -> State:
+        """The position after the last batch given out, one JSON-able entry per own shard."""
+        return copy.deepcopy(self._state)
+
+    def restore(self, states: State) -> None:
+        """Goes on from `state()` of a feed of equal fingerprint, whoever read these shards then.
+
+        `states` holds at least the own shards' entries, in any order.
+
+        Raises:
+          ValueError: an own shard has no entry, or its entry does not fit the data.
+        """
+        by_shard = {state["shard"]: state for state in states}
+        own = [rows.shard for rows in self._batches.shards]
+        if missing := [shard for shard in own if shard not in by_shard]:
+            raise ValueError(f"no position of shard(s) {missing}; positions are of {sorted(by_shard)}")
+        self._forget()
+        self._batches.state = self._state = [copy.deepcopy(by_shard[shard]) for shard in own]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Documents begun, and rows skipped because they hold none, over all epochs up to `state()`."""
+        runs = [run for state in self._state for run in state["runs"]]
+        skipped = sum(run["skipped"] for run in runs)
+        begun = sum(run["document"] + (run["offset"] > 0) for run in runs)
+        return {"documents": begun - skipped, "skipped": skipped}
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._forget()
+        self._thread.shutdown()
+        self._batches.pool.shutdown()
+
+    def _forget(self) -> None:
+        """Drops what was prepared, and waits for what is being prepared."""
+        while self._ahead:
+            if not (future := self._ahead.popleft()).cancel():
+                wait([future])
+
+
+def open_feed(
+    sources: Sequence[DocumentSource],
+    *,
+    weights: Sequence[float] | None = None,
+    row_length: int,
+    rows: int,
+    shards: int,
+    own: range | None = None,
+    seed: int,
+    split: Split = "train",
+    held_out: float = 0.0,
+    split_seed: int = 0,
+    vocab_size: int,
+    end_token: int | None = None,
+    threads: int = 4,
+) -> Feed:
+    """The rows that training reads, in global batches of `rows` x `row_length` tokens.
+
+    Args:
+      sources: the corpora.
+      weights: each source's share of the rows, so of the tokens; equal by default. Rows draw their source by number.
+      row_length: tokens of a row; longer documents go on in the next row of their shard.
+      rows: rows of a global batch, over all processes.
+      shards: virtual shards, V; it divides `rows`, and every number of processes the run shall have divides it. A batch
+        holds at least V different documents.
+      own: the shards read here; all by default.
+      seed: decides the order of documents and of sources.
+      split: which documents: all but the held-out ones, or those.
+      held_out: the share of every source's documents that is held out, at least one where it is above 0.
+      split_seed: decides which; apart from `seed`, so that runs of other seeds hold out the same.
+      vocab_size: ids must be below it.
+      end_token: an id put after every document; none by default.
+      threads: how many shards are read and tokenised at once.
+
+    Raises:
+      ValueError: a number that does not fit, a source with fewer documents than shards, and, while reading, an id
+        beyond the vocabulary or a source without usable documents.
+    """
+    own = range(shards) if own is None else own
+    shares = _shares(weights, len(sources))
+    _check(rows, shards, own, row_length, threads, held_out)
+    if end_token is not None and not 0 <= end_token < vocab_size:
+        raise ValueError(f"end_token = {end_token}; the model has rows for ids below {vocab_size}")
+    chosen = [_Chosen(s, split_documents(len(s), split, held_out, split_seed), vocab_size) for s in sources]
+    for documents in chosen:
+        documents.check(shards, split, held_out)
+
+    def shard_rows(shard: int) -> ShardRows:
+        orders = [_order(documents, make_key(seed, 1, i), shard, shards) for i, documents in enumerate(chosen)]
+        runs = [TokenRun(d.source.name, order, end_token) for d, order in zip(chosen, orders, strict=True)]
+        cuts, key = np.cumsum(shares)[:-1], make_key(seed, 2)
+        return ShardRows(shard, runs, lambda row: np.searchsorted(cuts, uniform(key, row * shards + shard), "right"))
+
+    batches = _Batches([shard_rows(shard) for shard in own], rows // shards, row_length, threads)
+    fingerprint = {
+        "feed": _FEED,
+        "sources": [source.fingerprint() for source in sources],
+        "weights": shares.tolist(),
+        "row_length": row_length,
+        "rows": rows,
+        "shards": shards,
+        "seed": seed,
+        "split": split,
+        "held_out": held_out,
+        "split_seed": split_seed,
+        "end_token": end_token,
+        "shuffle": _shuffle_sample(),
+    }
+    return Feed(batches, json.loads(json.dumps(fingerprint)), tuple(len(documents) for documents in chosen))
+
+
+def own_shards(shards: int, process: int, processes: int) -> range:
+    """The virtual shards that a process reads.
+
+    Raises:
+      ValueError: the shards cannot be shared out evenly.
+    """
+    if not 0 <= process < processes or shards % processes:
+        raise ValueError(
+            f"{shards} virtual shards cannot be shared out evenly among {processes} processes (process {process}): the "
+            "number of processes must divide them"
+        )
+    each = shards // processes
+    return range(process * each, (process + 1) * each)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, a readable line each; empty where equal data comes in equal order."""
+    return _differences("", json.loads(json.dumps(old)), json.loads(json.dumps(new)))
+
+
+def _differences(name: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        pairs = [(f"{name}.{key}" if name else key, old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    elif isinstance(old, list) and isinstance(new, list):
+        return [f"{name}: was {len(old)} entries, is {len(new)}"]
+    else:
+        return [] if old == new else [f"{name}: was {json.dumps(old)}, is {json.dumps(new)}"]
+    return [line for pair in pairs for line in _differences(*pair)]
+
+
+class _Chosen:
+    """The documents of a source that are in a split, a data source for grain."""
+
+    def __init__(self, source: DocumentSource, numbers: np.ndarray, vocab_size: int):
+        self.source, self._numbers, self._vocab_size = source, numbers, vocab_size
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> np.ndarray | str:
+        number = int(self._numbers[index])
+        found = self.source.read(number)
+        if isinstance(found, str):
+            return f"{self.source.place(number)}: {found}"
+        if not 0 <= found.min() <= found.max() < self._vocab_size:
+            raise ValueError(
+                f"{self.source.place(number)}: token ids from {found.min()} to {found.max()}; the model has rows for "
+                f"0..{self._vocab_size - 1}: data, tokenizer and model do not belong together"
+            )
+        return found
+
+    def check(self, shards: int, split: Split, held_out: float) -> None:
+        if len(self) < shards:
+            raise ValueError(
+                f"{self.source.name}: {len(self)} document(s) in the split {split!r} (of {len(self.source)}, "
+                f"{held_out:g} held out), but {shards} virtual shards need one each: take fewer shards, hold out "
+                "another share, or give more documents"
+            )
+
+
+class _Batches:
+    """Batches in order; shards are filled by a pool of threads, each by one at a time."""
+
+    def __init__(self, shards: list[ShardRows], rows: int, length: int, threads: int):
+        self.shards, self._rows, self._length = shards, rows, length
+        self.pool = ThreadPoolExecutor(min(threads, len(shards)), thread_name_prefix="feed")
+
+    def make(self) -> tuple[Filled, State]:
+        """The next batch, and the position after it."""
+        shape = (len(self.shards), self._rows, self._length)
+        tokens, segment_ids = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        list(self.pool.map(ShardRows.fill, self.shards, tokens, segment_ids))
+        flat = (-1, self._length)
+        filled = Filled(tokens.reshape(flat), np.ones(shape, bool).reshape(flat), segment_ids.reshape(flat))
+        return filled, self.state
+
+    @property
+    def state(self) -> State:
+        return [rows.state for rows in self.shards]
+
+    @state.setter
+    def state(self, states: State) -> None:
+        for rows, state in zip(self.shards, states, strict=True):
+            rows.state = state
+
+
+def _order(documents: _Chosen, key: int, shard: int, shards: int) -> Any:
+    """The documents of one shard, in an endless order that is another in every epoch."""
+    return grain.MapDataset.source(documents).shuffle(seed=key % 2**32).repeat()[shard::shards]
+
+
+def _shuffle_sample() -> list[int]:
+    """Tells grain's order from that of a version with another."""
+    order = grain.MapDataset.range(1 << 20).shuffle(seed=1)
+    return [order[i] for i in range(3)]  # pyright: ignore[reportReturnType]  # typed as if elements could be absent
+
+
+def _shares(weights: Sequence[float] | None, sources: int) -> np.ndarray:
+    found = np.ones(sources) if weights is None else np.array(weights, np.float64)
+    if not sources or found.shape != (sources,) or not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(f"weights = {weights} for {sources} source(s); expected a number above 0 for each")
+    return found / found.sum()
+
+
+def _check(rows: int, shards: int, own: range, row_length: int, threads: int, held_out: float) -> None:
+    if min(rows, shards, row_length, threads) < 1 or rows % shards:
+        raise ValueError(
+            f"rows = {rows}, shards = {shards}, row_length = {row_length}, threads = {threads}; expected numbers above "
+            "0, with shards dividing rows"
+        )
+    if not own or not set(own) <= set(range(shards)):
+        raise ValueError(f"own = {own}; expected shards among 0..{shards - 1}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out = {held_out}; expected a share from 0 to below 1")
