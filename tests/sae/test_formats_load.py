@@ -443,6 +443,13 @@ class TestSaving:
             save_sae(make(layer, sink_threshold=float(layer + 1)), tmp_path, format="qwen-scope")
         assert json.loads((tmp_path / "config.json").read_text())["sink_thresholds"] == {"2": 3.0, "10": 11.0}
 
+    @pytest.mark.parametrize("format", ["qwen-scope", "safetensors"])
+    def test_a_layer_that_is_written_again_has_its_new_threshold_or_none(self, tmp_path, format):
+        for layer, threshold in ((2, 3.0), (10, 11.0), (2, 5.0), (10, None)):
+            save_sae(make(layer, sink_threshold=threshold), tmp_path, format=format)
+        assert load_sae(tmp_path, 2).config.sink_threshold == 5.0
+        assert load_sae(tmp_path, 10).config.sink_threshold is None
+
     def test_an_unknown_format_or_layer_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="expected one of safetensors, qwen-scope, saelens, sparsify"):
             save_sae(make(), tmp_path, format="npz")  # type: ignore[arg-type]

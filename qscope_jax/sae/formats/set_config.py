@@ -122,7 +122,7 @@ def update_set_config(folder: Path, config: SaeConfig) -> None:
                 )
         if read_json(path).get("format") != FORMAT:
             return
-        thresholds = old.sink_thresholds
+        thresholds = {layer: value for layer, value in old.sink_thresholds.items() if layer != config.layer}
     if config.layer is not None and config.sink_threshold is not None:
         thresholds = {**thresholds, config.layer: config.sink_threshold}
     content = {

@@ -4,7 +4,7 @@
     b_enc = b - b_dec @ w_enc
 
 ReLU before or after TopK gives the same positive values. The biases are folded in float64 and rounded once: to the
-file's type on the way out, to the loaded one on the way in, each time by at most half a unit in the result's last place.
+type of the file on the way out, to the loaded one on the way in, by at most half a unit in the last place each time.
 Where b_dec @ w_enc is large, b has a coarser last place than b_enc: what is read back differs from what was written,
 always in the same way (see `read_back`), and visibly so in bfloat16.
 """
