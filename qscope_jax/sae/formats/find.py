@@ -4,6 +4,7 @@ The one exception are folders of SAELens and sparsify whose name tells no layer:
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -44,6 +45,13 @@ def layer_file_name(format: Format, layer: int) -> str:
     if format == "sparsify":
         return f"layers.{layer}/{sparsify.WEIGHTS}"
     return f"layer{layer}{native.ENDING if format == 'safetensors' else qwen_scope.ENDING}"
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Layers in words: "0..3, 7"."""
+    held = sorted(set(layers))
+    starts, ends = ([n for n in held if n + step not in held] for step in (-1, 1))
+    return ", ".join(f"{a}..{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def sae_files(source: Source) -> list[SaeFile]:
@@ -114,15 +122,7 @@ def _in_folder(source: Source, names: tuple[str, ...], name: str) -> SaeFile | N
 
 
 def _ranges(files: list[SaeFile]) -> str:
-    """Layers in words: "0..3, 7"."""
-    layers = sorted({file.layer for file in files if file.layer is not None})
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1] = [parts[-1][0], layer]
-        else:
-            parts.append([layer])
-    return ", ".join("..".join(map(str, part)) for part in parts) or "(none that their names tell)"
+    return layer_ranges(file.layer for file in files if file.layer is not None) or "(none that their names tell)"
 
 
 def _hint(source: Source) -> str:
