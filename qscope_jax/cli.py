@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "extract": ("qscope_jax.jobs.extract", "text in, sparse features out, per document or per token"),
     "info": ("qscope_jax.jobs.info", "what is known of a model or SAE; without one, the released sets"),
     "convert": ("qscope_jax.jobs.convert", "SAE files between native, Qwen-Scope, SAELens and sparsify layouts"),
+    "eval-sae": ("qscope_jax.jobs.eval_sae", "what SAEs explain of a model, and what it predicts through them"),
     "bench": ("qscope_jax.jobs.bench", "speed and memory as ratios within one run on this machine"),
 }
 EXIT_ERROR = 2

@@ -4,19 +4,20 @@
 
 Both sums run over all tokens and dimensions and the mean is that of the whole corpus: neither a mean of per-batch or
 per-dimension ratios nor a variance about zero. Means and centred sums are merged (Chan et al. 1979) and totals carry
-their rounding error, so float32 stays exact enough for billions of tokens.
+their rounding error, so float32 stays exact enough for billions of tokens; counts are exact to 2^48.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.sae.model import Sae, SaeConfig, decode, encode
+from qscope_jax.sae.model import Sae, SaeConfig, SparseCode, decode, encode
 
 SINK_FACTOR = 10.0
+_BINS_PER_DECADE = 4
 
 
 class Total(NamedTuple):
@@ -36,7 +37,15 @@ class Quality(NamedTuple):
     cosine: Total  # sum of cos(x, x_hat)
     active: Total  # number of latents that fired, summed over tokens
     sinks: Total  # real tokens left out for their norm
-    fired: Bool[Array, "f"]
+    counts: Total  # [f] tokens on which each latent fired
+
+
+class Measured(NamedTuple):
+    """What `measure` saw of a batch of n tokens: codes and reconstructions, meaningful where `keep` is True."""
+
+    code: SparseCode
+    x_hat: Float[Array, "n d"]
+    keep: Bool[Array, "n"]
 
 
 def sink_threshold(norms: Float[np.ndarray, "n"]) -> float:
@@ -53,9 +62,9 @@ def sink_threshold(norms: Float[np.ndarray, "n"]) -> float:
 
 def init_quality(config: SaeConfig, *, num_groups: int = 1) -> Quality:
     """Nothing seen yet, for SAEs of this shape and tokens of `num_groups` groups (for example languages)."""
-    zero, per_group = _total(jnp.zeros(())), _total(jnp.zeros(num_groups))
-    mean, fired = jnp.zeros((num_groups, config.d_model)), jnp.zeros(config.d_sae, bool)
-    return Quality(per_group, mean, per_group, zero, zero, zero, zero, fired)
+    zero, per_group = as_total(jnp.zeros(())), as_total(jnp.zeros(num_groups))
+    mean, counts = jnp.zeros((num_groups, config.d_model)), as_total(jnp.zeros(config.d_sae))
+    return Quality(per_group, mean, per_group, zero, zero, zero, zero, counts)
 
 
 def update_quality(
@@ -77,6 +86,19 @@ def update_quality(
       groups: the group of each token, 0..num_groups - 1; tokens of any other group do not count.
       sink_threshold: real tokens of a larger norm do not count either, but their share is reported.
     """
+    return measure(quality, sae, x, mask, groups=groups, sink_threshold=sink_threshold)[0]
+
+
+def measure(
+    quality: Quality,
+    sae: Sae,
+    x: Float[Array, "*n d"],
+    mask: Bool[Array, "*n"] | None = None,
+    *,
+    groups: Int[Array, "*n"] | None = None,
+    sink_threshold: float | Float[Array, ""] | None = None,
+) -> tuple[Quality, Measured]:
+    """As `update_quality`, and what the SAE made of the batch, for other statistics of the same tokens."""
     num_groups = quality.mean.shape[0]
     x = x.reshape(-1, x.shape[-1])
     real = jnp.ones(len(x), bool) if mask is None else mask.reshape(-1)
@@ -87,7 +109,9 @@ def update_quality(
         sink = real & (jnp.linalg.norm(x.astype(jnp.float32), axis=-1) > sink_threshold)
     keep = real & ~sink
     x = jnp.where(keep[:, None], x, 0)  # zero times a pad that holds NaN would still be NaN
-    return merge_quality(quality, _measure(sae, x, keep, sink, group, num_groups))
+    code = encode(sae, x)
+    measured = Measured(code, decode(sae, code), keep)
+    return merge_quality(quality, _batch_quality(measured, sae.config.d_sae, x, sink, group, num_groups)), measured
 
 
 def merge_quality(one: Quality, other: Quality) -> Quality:
@@ -97,14 +121,14 @@ def merge_quality(one: Quality, other: Quality) -> Quality:
     step = other.mean - one.mean
     between = jnp.sum(jnp.square(step), axis=-1) * n_one * share
     return Quality(
-        tokens=_add(one.tokens, other.tokens),
+        tokens=add_totals(one.tokens, other.tokens),
         mean=one.mean + step * share[:, None],
-        spread=_add(_add(one.spread, other.spread), _total(between)),
-        error=_add(one.error, other.error),
-        cosine=_add(one.cosine, other.cosine),
-        active=_add(one.active, other.active),
-        sinks=_add(one.sinks, other.sinks),
-        fired=one.fired | other.fired,
+        spread=add_totals(add_totals(one.spread, other.spread), as_total(between)),
+        error=add_totals(one.error, other.error),
+        cosine=add_totals(one.cosine, other.cosine),
+        active=add_totals(one.active, other.active),
+        sinks=add_totals(one.sinks, other.sinks),
+        counts=add_totals(one.counts, other.counts),
     )
 
 
@@ -119,7 +143,9 @@ def summarize(quality: Quality) -> dict[str, float]:
     Raises:
       ValueError: no token counted.
     """
-    sums = {name: _value(getattr(quality, name)) for name in ("tokens", "spread", "error", "cosine", "active", "sinks")}
+    sums = {
+        name: total_value(getattr(quality, name)) for name in ("tokens", "spread", "error", "cosine", "active", "sinks")
+    }
     counts, tokens = sums["tokens"], float(sums["tokens"].sum())
     if tokens == 0:
         raise ValueError("no token counted: the mask, the groups or the sink threshold left none")
@@ -133,7 +159,7 @@ def summarize(quality: Quality) -> dict[str, float]:
         "explained_variance": 1 - fvu,
         "l0": float(sums["active"] / tokens),
         "cosine": float(sums["cosine"] / tokens),
-        "dead_fraction": float(1 - np.mean(quality.fired)),
+        "dead_fraction": float(np.mean(total_value(quality.counts) == 0)),
         "tokens": tokens,
         "sink_fraction": float(sums["sinks"] / (tokens + sums["sinks"])),
     }
@@ -142,10 +168,32 @@ def summarize(quality: Quality) -> dict[str, float]:
     return metrics
 
 
-def _measure(sae: Sae, x, keep, sink, group, num_groups: int) -> Quality:
-    """The quality of one batch: x [n, d], zero where dropped; keep and sink [n] bool; group [n]."""
-    code = encode(sae, x)
-    x, x_hat = x.astype(jnp.float32), decode(sae, code)
+def density(quality: Quality) -> dict[str, Any]:
+    """How often latents fire, log10 of the share of tokens, as a histogram of four bins to the decade.
+
+    `edges` of the bins (they reach from the bin of one firing on all tokens seen to 0, which is every token), `latents`
+    in each, those that never fired in `never`; `median` over the latents that fired at all (nan if none did).
+
+    Raises:
+      ValueError: no token counted.
+    """
+    tokens, counts = total_value(quality.tokens).sum(), total_value(quality.counts)
+    if tokens == 0:
+        raise ValueError("no token counted: the mask, the groups or the sink threshold left none")
+    rates = np.log10(counts[counts > 0] / tokens)
+    lowest = np.floor(np.log10(1 / tokens) * _BINS_PER_DECADE) / _BINS_PER_DECADE
+    edges = np.linspace(min(lowest, -1.0), 0, max(round(-lowest * _BINS_PER_DECADE), _BINS_PER_DECADE) + 1)
+    return {
+        "edges": edges.tolist(),
+        "latents": np.histogram(rates, edges)[0].tolist(),
+        "never": int((counts == 0).sum()),
+        "median": float(np.median(rates)) if rates.size else float("nan"),
+    }
+
+
+def _batch_quality(measured: Measured, d_sae: int, x, sink, group, num_groups: int) -> Quality:
+    """The quality of one batch: x [n, d], zero where dropped; sink [n] bool; group [n]."""
+    (code, x_hat, keep), x = measured, x.astype(jnp.float32)
     used = (code.values > 0) & keep[:, None]
     members = jax.nn.one_hot(group, num_groups) * keep[:, None]
     counts = members.sum(axis=0)
@@ -154,25 +202,26 @@ def _measure(sae: Sae, x, keep, sink, group, num_groups: int) -> Quality:
     # Rounded products of tiny norms stay away from 0 / 0; a zero vector has cosine 0 with everything.
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
     cosine = jnp.sum(x * x_hat, axis=-1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
-    kept_sum = lambda a: _total(jnp.sum(jnp.where(keep, a, 0)))  # noqa: E731
-    fired = jnp.zeros(sae.config.d_sae, bool).at[jnp.where(used, code.indices, sae.config.d_sae)].set(True, mode="drop")
+    kept_sum = lambda a: as_total(jnp.sum(jnp.where(keep, a, 0)))  # noqa: E731
+    fired = jnp.zeros(d_sae, jnp.int32).at[jnp.where(used, code.indices, d_sae)].add(1, mode="drop")
     return Quality(
-        tokens=_total(counts),
+        tokens=as_total(counts),
         mean=mean,
-        spread=_total(jnp.einsum("ng,n->g", members, centred, precision="highest")),
+        spread=as_total(jnp.einsum("ng,n->g", members, centred, precision="highest")),
         error=kept_sum(jnp.sum(jnp.square(x - x_hat), axis=-1)),
         cosine=kept_sum(cosine),
-        active=_total(jnp.sum(used, dtype=jnp.float32)),
-        sinks=_total(jnp.sum(sink, dtype=jnp.float32)),
-        fired=fired,
+        active=as_total(jnp.sum(used, dtype=jnp.float32)),
+        sinks=as_total(jnp.sum(sink, dtype=jnp.float32)),
+        counts=as_total(fired.astype(jnp.float32)),
     )
 
 
-def _total(value: jax.Array) -> Total:
+def as_total(value: jax.Array) -> Total:
+    """A sum of this one term."""
     return Total(value, jnp.zeros_like(value))
 
 
-def _add(one: Total, other: Total) -> Total:
+def add_totals(one: Total, other: Total) -> Total:
     """Knuth's two-sum: the high part is the rounded sum, the low part collects what rounding lost."""
     high = one.high + other.high
     seen = high - one.high
@@ -180,5 +229,6 @@ def _add(one: Total, other: Total) -> Total:
     return Total(high, one.low + other.low + lost)
 
 
-def _value(total: Total) -> np.ndarray:
+def total_value(total: Total) -> np.ndarray:
+    """The sum in float64."""
     return np.asarray(total.high, np.float64) + np.asarray(total.low, np.float64)

@@ -1,0 +1,314 @@
+"""`qscope eval-sae`: how much SAEs explain of a model on a text, and what the model predicts through them.
+
+quality.json has every number per layer with its definition, quality.png shows them. A run that is stopped puts aside
+what it has added up and the number of batches behind it; the same command reads the text again up to there and goes on.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from qscope_jax.backbone.config import ModelConfig, read_config
+from qscope_jax.backbone.weights import Backbone, load_backbone
+from qscope_jax.data.batches import PLAN, Buckets, Filled, cut_documents, fill_batch, plan_batches
+from qscope_jax.data.documents import Encoder, Parts, read_ahead
+from qscope_jax.data.text import Corpus, Fields, open_corpus
+from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
+from qscope_jax.evaluate import (
+    DEFINITIONS,
+    EvalStep,
+    Evaluation,
+    known_thresholds,
+    make_eval_step,
+    summarize_evaluation,
+)
+from qscope_jax.explorer.figures import draw_quality
+from qscope_jax.extract import make_extract_step, measure_sinks
+from qscope_jax.files.atomic import write_json
+from qscope_jax.files.source import Source, resolve
+from qscope_jax.files.tensors import open_tensors, write_tensors
+from qscope_jax.jobs.places import local_mesh, parse_mesh
+from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.mesh import to_host
+from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+from qscope_jax.sae.formats.facts import settle
+from qscope_jax.sae.model import Sae, SaeConfig
+
+_PART_ROWS, _PART_BYTES = 32_768, 4 << 20
+_MAX_LENGTH = 4096
+_BATCH_TOKENS = {True: 4096, False: 16_384}
+_EMBEDDED_MODEL = "qscope-demo"  # what the embedded SAEs call their backbone
+_ON = "evaluated on"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Evaluate SAEs on a model and a text."""
+
+    data: tyro.conf.Positional[tuple[str, ...]] = ("demo",)
+    """Files, folders or globs of JSONL, parquet or text, local or remote; "demo" ships along."""
+    model: str = "demo"
+    """Backbone: "demo", a folder, owner/name[@revision], or a remote folder; another than the SAEs' own is fine."""
+    sae: str = "demo"
+    """SAEs, likewise."""
+    k: int | None = None
+    """Features per token, where the SAE source does not say it (or says it wrong)."""
+    layers: tuple[int, ...] = ()
+    """Layers (0-based, the output of decoder layer n); all that the SAE source holds by default."""
+    out: Path = Path("qscope-out/eval-sae")
+    """Folder of quality.json, quality.png and manifest.json."""
+
+    tokens: int | None = None
+    """Stop after the batch that reaches so many tokens; by default the whole text is used."""
+    predict_tokens: int = 131_072
+    """Measure cross-entropy and KL on so many tokens at least, from the first on (two forwards per layer); 0: not."""
+    max_length: int | None = None
+    """Longest row in tokens; longer documents are cut into windows. By default the model's context, at most 4096."""
+    batch_tokens: int | None = None
+    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere, times DATA of the mesh."""
+    precision: Literal["fast", "parity"] = "fast"
+    """The model in bfloat16, or in float32. SAEs and statistics are float32 in both."""
+    mesh: str = "1x1"
+    """DATAxMODEL: split rows over DATA and weights over MODEL of this process's devices."""
+
+    text_field: str = "text"
+    """Column of the text."""
+    format: Literal["jsonl", "parquet", "text"] | None = None
+    """What the files are, where their endings do not say it."""
+    document: Literal["line", "file"] = "line"
+    """Whether each line or each file of plain text is a document."""
+
+
+class Text(NamedTuple):
+    """The text as batches, always the same ones in the same order."""
+
+    corpus: Corpus
+    parts: Parts
+    buckets: Buckets
+
+    def documents(self) -> Iterator[np.ndarray]:
+        return (ids for part in read_ahead(self.parts) for ids in part.tokens)
+
+    def batches(self) -> Iterator[tuple[int, Filled]]:
+        """Each with the number of rows of the corpus that it or bad rows before it end."""
+        for part in read_ahead(self.parts):
+            segments = cut_documents(part.tokens, self.buckets.max_length, long="window")
+            begins, bad = np.diff(segments.document, prepend=-1) > 0, len(part.bad)
+            for batch in plan_batches(segments.lengths, self.buckets):
+                yield bad + int(begins[batch.segments].sum()), fill_batch(batch, segments)
+                bad = 0
+
+
+class Opened(NamedTuple):
+    """What a run reads, opened but not loaded; `facts` go into quality.json and decide every number in it."""
+
+    model: Source
+    sae: Source
+    layers: tuple[int, ...]
+    text: Text
+    step: EvalStep
+    mesh: Mesh | None
+    facts: dict[str, Any]
+
+
+def run(config: Config) -> None:
+    """Runs the command.
+
+    Raises:
+      ValueError, OSError: wrong input or options, named.
+      FloatingPointError: the model overflows.
+      Interrupted: SIGTERM or SIGINT came; what was added up is put aside.
+    """
+    _check_numbers(config)
+    with Run("eval-sae", config, config.out) as job:
+        opened = _open(config)
+        say(opened.facts["note"])
+        dtype = "float32" if config.precision == "parity" else "bfloat16"
+        backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
+        saes = load_saes(opened.sae, opened.layers, k=config.k, mesh=opened.mesh)
+        thresholds = known_thresholds(saes)
+        measured = [layer for layer in saes if layer not in thresholds]
+        if measured:
+            look = make_extract_step(backbone.config, measured)
+            few = tuple(saes[layer] for layer in measured)
+            thresholds |= measure_sinks(look, backbone.params, few, opened.text.documents(), opened.text.buckets)
+        state = _fold(config, job, opened, backbone, saes, thresholds)
+        metrics = summarize_evaluation(state, saes, thresholds)
+        _write(config.out, {**opened.facts, "sink_thresholds_measured_here": measured}, metrics)
+        job.record(
+            counts={
+                "layers": len(saes),
+                "rows": len(opened.text.corpus),
+                "tokens": metrics[opened.layers[0]]["tokens"],
+            },
+            hashes={name: opened.facts[name]["files"] for name in ("model", "sae")},
+            device=devices(),
+            compilations=opened.step.compilations,
+        )
+    print_table(metrics)
+    print(f"\n{config.out / 'quality.json'} has every number, {config.out / 'quality.png'} shows them.")
+
+
+def _check_numbers(config: Config) -> None:
+    for name in ("k", "tokens", "max_length", "batch_tokens"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if config.predict_tokens < 0:
+        raise ValueError(f"--predict-tokens {config.predict_tokens}: expected at least 0")
+
+
+def _open(config: Config) -> Opened:
+    """Opens everything and refuses what does not fit, before any weights are read."""
+    mesh = local_mesh(config.mesh)
+    model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
+    constants = read_config(model.fetch("config.json"))
+    opened = {layer: open_sae(sae, layer) for layer in _layers(config, sae)}
+    known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
+    step = make_eval_step(constants, known)
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, constants.vocab_size)
+    text = _open_text(config, make_encoder(tokenizer), constants)
+    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
+    facts: dict[str, Any] = {
+        "model": {"name": model.name, "files": hash_files(map(model.fetch, ("config.json", *weights)))},
+        "sae": {"name": sae.name, "files": hash_files(o.path for o in opened.values())},
+        "data": text.corpus.fingerprint(),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "settings": {
+            "k": {layer: one.k for layer, one in known.items()},
+            "precision": config.precision,
+            "tokens": config.tokens,
+            "predict_tokens": config.predict_tokens,
+            "max_length": text.buckets.max_length,
+            "batch_tokens": text.buckets.batch_tokens,
+            "mesh": config.mesh,
+            "text_field": config.text_field,
+            "document": config.document,
+            "plan": PLAN,
+        },
+        **_whose(model, known),
+    }
+    return Opened(model, sae, tuple(opened), text, step, mesh, plain(facts))
+
+
+def _open_text(config: Config, encoder: Encoder, constants: ModelConfig) -> Text:
+    longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
+    if longest > constants.max_position_embeddings:
+        raise ValueError(f"--max-length {longest}: the model's context is {constants.max_position_embeddings} tokens")
+    options = {"format": config.format, "document": config.document, "say": say}
+    corpus = open_corpus(config.data, Fields(config.text_field), **options)
+    if not len(corpus):
+        raise ValueError(f"{', '.join(config.data)}: no rows; every file is empty")
+    data, _ = parse_mesh(config.mesh)
+    positions = config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"]
+    ranges = corpus.parts(rows=_PART_ROWS, size=_PART_BYTES)
+    buckets = Buckets(positions, longest, per_octave=1, multiple=data)  # each shape is compiled three times
+    return Text(corpus, Parts(corpus, ranges, encoder, constants.vocab_size), buckets)
+
+
+def _layers(config: Config, sae: Source) -> tuple[int, ...]:
+    layers = tuple(sorted(config.layers)) or layers_of(sae)
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"--layers {' '.join(map(str, config.layers))}: a layer is named twice")
+    if not layers:
+        raise ValueError(f"{sae}: no file is called like layer3.sae.pt; name the folder of SAEs, or give --layers")
+    return layers
+
+
+def _whose(model: Source, saes: Mapping[int, SaeConfig]) -> dict[str, Any]:
+    """Whether the SAEs were made for this model, by the names of both; None where theirs is not known."""
+    name = _EMBEDDED_MODEL if model.kind == "demo" else model.name
+    made_for = sorted({sae.backbone for sae in saes.values() if sae.backbone is not None})
+    if not made_for:
+        return {
+            "made_for": None,
+            "model_differs": None,
+            "note": f"which model the SAEs were made for is not known; {_ON} {name}",
+        }
+    own = {backbone.rsplit("/", 1)[-1] for backbone in made_for} == {name}
+    note = (
+        f"the SAEs were made for this model, {name}"
+        if own
+        else (f"model differs from the one the SAE was made for: made for {', '.join(made_for)}, {_ON} {name}")
+    )
+    return {"made_for": made_for, "model_differs": not own, "note": note}
+
+
+def _fold(
+    config: Config, job: Run, opened: Opened, backbone: Backbone, saes: dict[int, Sae], thresholds: dict[int, float]
+) -> Evaluation:
+    """Adds up all batches, after those that an earlier run put aside."""
+    text, step, aside = opened.text, opened.step, config.out / "partial.safetensors"
+    job.total = len(text.corpus)
+    job.progress(rows=0, tokens=0)
+    state, behind, seen = None, 0, 0
+    for number, (rows, batch) in enumerate(text.batches()):
+        if state is None:
+            state = step.start(backbone.params, saes, thresholds, batch)
+            if aside.exists():
+                state, behind = _take_up(aside, state, opened.facts)
+        if number < behind:
+            job.progress(rows=0, tokens=0, already=rows)
+        else:
+            if job.stopping:
+                _put_aside(aside, state, number, opened.facts)
+                raise job.interrupted(f"{number} batches of {seen:,} tokens are added up and put aside")
+            predict = seen < config.predict_tokens
+            state = step(backbone.params, saes, thresholds, state, batch, predict=predict)
+            job.progress(rows=rows, tokens=int(batch.mask.sum()))
+        seen += int(batch.mask.sum())
+        if config.tokens is not None and seen >= config.tokens:
+            break
+    if state is None:
+        raise ValueError(f"{', '.join(config.data)}: there is no text to evaluate on; no row could be used")
+    aside.unlink(missing_ok=True)
+    return state
+
+
+def _put_aside(path: Path, state: Evaluation, batches: int, facts: dict[str, Any]) -> None:
+    arrays = {str(i): to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    write_tensors(path, arrays, {"batches": str(batches), "run": json.dumps(facts, sort_keys=True)})
+
+
+def _take_up(path: Path, state: Evaluation, facts: dict[str, Any]) -> tuple[Evaluation, int]:
+    """What was put aside, in the form of `state`, and the number of batches in it."""
+    file = open_tensors(path)
+    if file.metadata.get("run") != json.dumps(facts, sort_keys=True):
+        raise ValueError(f"{path} belongs to a run with other input or options: remove it, or choose another --out")
+    leaves, form = jax.tree.flatten(state)
+    return form.unflatten([jnp.asarray(file.array(str(i))) for i in range(len(leaves))]), int(file.metadata["batches"])
+
+
+def _write(out: Path, facts: dict[str, Any], metrics: dict[int, dict[str, Any]]) -> None:
+    write_json(out / "quality.json", {**facts, "definitions": DEFINITIONS, "layers": plain(metrics)})
+    draw_quality(
+        out / "quality.png", metrics, title=f"{facts['sae']['name']} on {facts['model']['name']}", note=facts["note"]
+    )
+
+
+def print_table(metrics: dict[int, dict[str, Any]]) -> None:
+    """The numbers that one looks at first, a line per layer, on stdout."""
+    shown = (
+        "fvu",
+        "cosine",
+        "l0",
+        "dead_fraction",
+        "sink_fraction",
+        "ce_clean",
+        "ce_spliced",
+        "ce_zero",
+        "ce_recovered",
+        "kl",
+    )
+    print("layer " + " ".join(f"{name:>13}" for name in shown))
+    for layer, row in metrics.items():
+        cells = ("-" if row[name] is None else f"{row[name]:.4g}" for name in shown)
+        print(f"{layer:>5} " + " ".join(f"{cell:>13}" for cell in cells))
