@@ -106,7 +106,7 @@ def _introduction(card: Card) -> str:
     backbone = f"[{config.backbone}](https://huggingface.co/{config.backbone})" if _on_hub(config.backbone) else None
     of = backbone or (f"`{_plain(config.backbone)}`" if config.backbone else "a model that is not named")
     return (
-        f"TopK sparse autoencoders (SAEs) for the residual stream of {of}: {len(layers)} in all, one per layer "
+        f"TopK sparse autoencoders (SAEs) for the residual stream of {of}: one for each of {len(layers)} layers "
         f"({layer_ranges(layers)}), each with {config.d_sae:,} latents over {config.d_model:,} dimensions "
         f"({config.d_sae / config.d_model:.3g}x), of which at most {config.k} are active per token. "
         "Layer n is the output of decoder layer n, counted from 0, before the final norm; an SAE takes it raw, "
@@ -145,7 +145,7 @@ x = torch.zeros(1, {d})
 values, indices = (x @ sae["W_enc"].T + sae["b_enc"]).topk({k})
 values = values.relu()
 latents = torch.zeros(1, {card.config.d_sae}).scatter(-1, indices, values)
-x_hat = latents @ sae["W_dec"].T + sae["b_dec"]   # columns of W_dec are the features' directions
+x_hat = latents @ sae["W_dec"].T + sae["b_dec"]  # columns of W_dec are the features' directions
 ```"""
 
 
@@ -176,9 +176,10 @@ def _sinks(card: Card) -> str:
         return ""
     rows = [[str(layer), f"{value:.6g}"] for layer, value in known.items()]
     return (
-        "## Sinks\n\nRare tokens of Qwen models have residuals of 100 to 1000 times the usual norm. Tokens above these "
-        f"norms, {SINK_FACTOR:g} times the layer's median, were left out of training and of the figures above; what the "
-        f"SAEs make of such tokens is undefined. `config.json` holds the thresholds.\n\n{_table(['layer', 'norm'], rows)}"
+        "## Sinks\n\nRare tokens of Qwen models have residuals of 100 to 1000 times the usual norm. Tokens above the "
+        f"norms below, {SINK_FACTOR:g} times the layer's median, were left out of training and of the figures above; what "
+        "the SAEs make of such tokens is undefined. `config.json` holds the thresholds.\n\n"
+        f"{_table(['layer', 'norm'], rows)}"
     )
 
 

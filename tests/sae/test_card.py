@@ -94,7 +94,7 @@ class TestTables:
         assert "## Sinks" not in card()
 
     def test_layers_in_words(self):
-        assert "4 in all, one per layer (0..2, 7)" in card(quality={7: {}, 0: {}, 1: {}, 2: {}})
+        assert "one for each of 4 layers (0..2, 7)" in card(quality={7: {}, 0: {}, 1: {}, 2: {}})
 
 
 @pytest.fixture(params=["safetensors", "qwen-scope"])
