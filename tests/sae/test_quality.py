@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qscope_jax.sae.model import Sae, SaeConfig, SaeParams, init_sae
+from qscope_jax.sae.model import Sae, SaeConfig, SaeParams, decode, encode, init_sae
 from qscope_jax.sae.quality import (
+    density,
     init_quality,
+    measure,
     merge_quality,
     sink_threshold,
     summarize,
@@ -182,3 +184,51 @@ def test_the_sink_threshold_is_ten_times_the_median_norm():
         sink_threshold(np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="at least one token"):
         sink_threshold(np.array([]))
+
+
+def test_firings_are_counted_per_latent_and_become_a_histogram_of_rates():
+    x = residuals(1000)
+    quality = init_quality(CONFIG)
+    for part in np.split(x, 10):
+        quality = update(quality, SAE, part, np.arange(100) < 97)
+    kept = np.concatenate([part[:97] for part in np.split(x, 10)])
+    pre = kept.astype(np.float64) @ np.asarray(SAE.params.w_enc, np.float64)
+    fires = (pre >= np.sort(pre, axis=1)[:, -4, None]) & (pre > 0)
+    np.testing.assert_array_equal(quality.counts.high, fires.sum(axis=0))
+    found = density(quality)
+    rates = np.log10(fires.mean(axis=0)[fires.any(axis=0)])
+    assert found["latents"] == np.histogram(rates, found["edges"])[0].tolist()
+    assert sum(found["latents"]) + found["never"] == 40
+    assert found["median"] == pytest.approx(np.median(rates))
+    assert (found["edges"][0], found["edges"][-1]) == (-3.0, 0.0)  # one firing in 970 tokens; every token
+    assert np.diff(found["edges"]) == pytest.approx(0.25)
+
+
+def test_latents_that_fire_always_once_or_never_have_their_places_in_the_histogram():
+    # Latent 7 always fires, its bias sees to that; latent 3 only where the first coordinate is large.
+    w_enc = jnp.zeros((12, 40)).at[0, 3].set(1.0)
+    weights = w_enc, jnp.zeros(40).at[7].set(1.0), SAE.params.w_dec, jnp.zeros(12)
+    x = np.zeros((10_000, 12), np.float32)
+    x[17, 0] = 5
+    found = density(update(init_quality(CONFIG), Sae(SaeParams(*weights), CONFIG), x))
+    assert (found["latents"][0], found["latents"][-1], found["never"]) == (1, 1, 38)
+    assert (found["edges"][0], found["median"]) == (-4.0, -2.0)
+    with pytest.raises(ValueError, match="no token counted"):
+        density(init_quality(CONFIG))
+
+
+def test_counts_of_firings_do_not_stall_where_float32_would():
+    one = update(init_quality(CONFIG), SAE, residuals(1))
+    many = one._replace(counts=one.counts._replace(high=jnp.full(40, 2.0**24)))
+    for _ in range(3):
+        many = merge_quality(many, one)
+    total = np.asarray(many.counts.high, np.float64) + np.asarray(many.counts.low)
+    np.testing.assert_array_equal(total, 2.0**24 + 3 * np.asarray(one.counts.high, np.float64))
+
+
+def test_what_was_measured_of_a_batch_is_its_code_and_reconstruction():
+    x = residuals(20)
+    _, seen = measure(init_quality(CONFIG), SAE, x, np.arange(20) % 2 == 0, sink_threshold=3.5)
+    np.testing.assert_array_equal(seen.keep, (np.arange(20) % 2 == 0) & (np.linalg.norm(x, axis=1) <= 3.5))
+    kept = np.asarray(seen.keep)
+    np.testing.assert_allclose(seen.x_hat[kept], decode(SAE, encode(SAE, x))[kept], rtol=1e-6)
