@@ -1,0 +1,116 @@
+"""One training step of all SAEs: a scan over them, so that one layer's gradients exist at a time.
+
+(state, x [L, n, d], mask [n]) -> (state, reports),    x the residual streams of L layers, raw
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from qscope_jax.mesh import AnyMesh
+from qscope_jax.sae.loss import Axes, Report, sae_gradients
+from qscope_jax.training.optimizer import apply_gradients
+from qscope_jax.training.state import Group, ModelAxis, SaeState, TrainState, axes_of, specs
+
+_NEVER = 1 << 30  # idle counters stop here, before they overflow
+
+
+class StepReport(NamedTuple):
+    """Per SAE [l]: the batch's report, the norm of the gradient before clipping, the learning rate, the share of real
+    tokens that were sinks, and how many steps were skipped, in all and in a row."""
+
+    batch: Report
+    gradient_norm: Float[Array, "l"]
+    rate: Float[Array, "l"]
+    sinks: Float[Array, "l"]
+    skipped: Int[Array, "l"]
+    failing: Int[Array, "l"]
+
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, tuple[StepReport, ...]]]
+
+
+def make_train_step(
+    groups: Sequence[Group], layers: Sequence[int], *, mesh: AnyMesh | None = None, model_axis: ModelAxis = "latents"
+) -> TrainStep:
+    """The jitted step; its first argument is donated.
+
+    A step of an SAE whose loss or gradient is not finite is skipped: its weights, moments and counters stay as they
+    are, `skipped` and `failing` go up, and the other SAEs and the data go on.
+
+    Args:
+      groups: the SAEs, as the state has them.
+      layers: which layer each row of x is.
+      mesh: tokens lie on "data"; on "model" the latents of every SAE, or the SAEs of every group.
+      model_axis: which of the two.
+
+    Raises:
+      ValueError: a group trains a layer that is not among `layers`.
+    """
+    rows = []
+    for group in groups:
+        if missing := sorted(set(group.layers) - set(layers)):
+            raise ValueError(f"layers {missing} are to be trained but not among {tuple(layers)}, those given")
+        rows.append(tuple(layers.index(layer) for layer in group.layers))
+    axes = axes_of(mesh, model_axis)
+    shared = mesh is not None and model_axis == "layers"
+
+    def update(state: TrainState, x: Float[Array, "L n d"], mask: Bool[Array, "n"]):
+        results = [
+            _train_group(group, saes, state.step, x, mask, jnp.array(which), axes, shared)
+            for group, saes, which in zip(groups, state.groups, rows, strict=True)
+        ]
+        saes, reports = zip(*results, strict=True)
+        return TrainState(state.step + 1, tuple(saes)), tuple(reports)
+
+    if mesh is None:
+        return jax.jit(update, donate_argnums=0)
+
+    def on_mesh(state: TrainState, x, mask):
+        of_state = TrainState(PartitionSpec(), tuple(specs(saes, model_axis) for saes in state.groups))  # type: ignore[arg-type]
+        of_report = PartitionSpec("model") if shared else PartitionSpec()
+        return jax.shard_map(
+            update,
+            mesh=mesh,
+            in_specs=(of_state, PartitionSpec(None, "data", None), PartitionSpec("data")),
+            out_specs=(of_state, of_report),
+        )(state, x, mask)
+
+    return jax.jit(on_mesh, donate_argnums=0)
+
+
+def _train_group(group: Group, saes: SaeState, step, x, mask, rows, axes: Axes, shared: bool):
+    """Every SAE of a group in turn, in place; with `shared`, those of this device."""
+    count = saes.idle.shape[0]
+    first = jax.lax.axis_index("model") * count if shared else 0
+
+    def one(saes: SaeState, i):
+        own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), saes)
+        new, report = _train_one(group, own, step, x[rows[first + i]], mask, axes)
+        put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0)  # noqa: E731
+        return jax.tree.map(put, saes, new), report
+
+    return jax.lax.scan(one, saes, jnp.arange(count))
+
+
+def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[SaeState, StepReport]:
+    x = x.astype(jnp.float32)
+    keep = mask & (jnp.linalg.norm(x, axis=-1) <= sae.norms.sink)
+    keep = keep | (mask & ~jnp.isfinite(x).all(axis=-1))  # no sink: to be noticed, not left out
+    learned = sae_gradients(sae.weights, sae.idle, (x - sae.norms.mean) / sae.norms.scale, keep, group.objective, axes)
+    rate, report = group.schedule(step), learned.report
+    weights, adam, norm = apply_gradients(sae.weights, learned.gradients, sae.adam, rate, clip=group.clip, axes=axes)
+    idle = jnp.where(learned.fired, 0, jnp.minimum(sae.idle + report.tokens.astype(jnp.int32), _NEVER))
+    sound = jnp.isfinite(report.loss) & jnp.isfinite(norm)
+    pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
+    weights, adam, idle = pick(weights, sae.weights), pick(adam, sae.adam), pick(idle, sae.idle)
+    failing = jnp.where(sound, 0, sae.failing + 1)
+    real = jnp.sum(mask, dtype=jnp.float32)
+    real = real if axes.data is None else jax.lax.psum(real, axes.data)
+    sinks = 1 - report.tokens / jnp.maximum(real, 1)
+    new = SaeState(weights, adam, idle, sae.skipped + ~sound, failing, sae.norms)
+    return new, StepReport(report, norm, rate, sinks, new.skipped, failing)
