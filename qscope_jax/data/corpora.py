@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 
 from qscope_jax.data.documents import Encoder
+from qscope_jax.data.feed import DocumentSource
 from qscope_jax.data.inputs import DataFile, Format, find_files
 from qscope_jax.data.rows import RowFile, open_rows
 from qscope_jax.data.spool import Spool, SpooledRows
+from qscope_jax.data.synthetic import SyntheticDocuments
 from qscope_jax.data.text import Corpus, Fields
 from qscope_jax.data.tokenizer import check_vocabulary, make_encoder, tokenizer_hash
 
 _MAX_ROW = 64 << 20  # bytes of a row; longer ones are skipped and counted
+_LOOKED_AT = 1000  # rows in which a field must occur at least once
 
 
 class TextDocuments:
@@ -82,6 +85,51 @@ class TokenDocuments:
         return which, number - int(self._starts[which])
 
 
+def open_sources(
+    names: Sequence[str],
+    *,
+    vocab_size: int,
+    tokenizer: Any = None,
+    weights: Sequence[float] | None = None,
+    text_field: str = "text",
+    token_field: str | None = None,
+    format: Format | None = None,
+    whole_files: bool = False,
+    special_tokens: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> list[DocumentSource]:
+    """What a user names as training data, as the sources of `open_feed`.
+
+    Without weights all names are one corpus, every document as likely as any other; with weights each name is a source.
+    A name is a file, folder, glob or address (`hf://datasets/owner/name@revision/folder` for the hub's), "demo" for the
+    shipped texts, or "synthetic" for random tokens. With `token_field` the data are lists of ids, else texts.
+
+    Raises:
+      FileNotFoundError: a name matches nothing.
+      ValueError: no names, weights that do not fit them, a file that cannot be read at all, or no tokenizer for texts.
+    """
+    if not names:
+        raise ValueError("no data given: name files, folders, globs, addresses, demo or synthetic")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weight(s) for {len(names)} name(s) of data; expected one each")
+    if "synthetic" in names and weights is None and len(names) > 1:
+        raise ValueError("synthetic beside other data: say in which shares, a weight for each name")
+
+    def open_one(specs: Sequence[str]) -> DocumentSource:
+        if specs == ["synthetic"]:
+            return SyntheticDocuments(vocab_size)
+        if token_field is not None:
+            return open_tokens(specs, field=token_field, format=format, say=say)
+        if tokenizer is None:
+            raise ValueError(f"{' '.join(specs)}: texts need the model's tokenizer, and it has none")
+        return open_texts(
+            specs, tokenizer, vocab_size=vocab_size, field=text_field, format=format, whole_files=whole_files,
+            special_tokens=special_tokens, say=say,
+        )  # fmt: skip
+
+    return [open_one(list(specs)) for specs in ([names] if weights is None else [[name] for name in names])]
+
+
 def open_texts(
     specs: Sequence[str],
     tokenizer: Any,
@@ -136,6 +184,9 @@ def open_tokens(
     for file in files:
         if file.file.format == "text":
             raise ValueError(f"{file.file.path}: expected parquet or JSONL with lists of token ids, found plain text")
+        records = [raw.record for raw in file.read(0, min(len(file), _LOOKED_AT)) if raw.record is not None]
+        if records and not any(field in record for record in records):
+            raise ValueError(f"{file.file.path}: no row among the first {_LOOKED_AT} holds {field!r}")
     return TokenDocuments(name or " ".join(specs), files, field)
 
 

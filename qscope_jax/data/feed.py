@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from qscope_jax.data.batches import Filled
-from qscope_jax.data.packing import ShardRows, TokenRun
+from qscope_jax.data.packing import Orders, Reshuffled, ShardRows, TokenRun
 from qscope_jax.data.seeding import Split, make_key, split_documents, uniform
 
 State = list[dict[str, Any]]
@@ -61,7 +61,11 @@ class Feed:
     def __next__(self) -> Filled:
         while len(self._ahead) <= _AHEAD:
             self._ahead.append(self._thread.submit(self._batches.make))
-        filled, self._state = self._ahead.popleft().result()
+        try:
+            filled, self._state = self._ahead.popleft().result()
+        except BaseException:
+            self._rewind()  # asked again, it tries again: no row is lost
+            raise
         return filled
 
     def state(self) -> State:
@@ -74,14 +78,17 @@ class Feed:
         `states` holds at least the own shards' entries, in any order.
 
         Raises:
-          ValueError: an own shard has no entry, or its entry does not fit the data.
+          ValueError: an own shard has no entry, or the entries are of other sources.
         """
         by_shard = {state["shard"]: state for state in states}
         own = [rows.shard for rows in self._batches.shards]
         if missing := [shard for shard in own if shard not in by_shard]:
             raise ValueError(f"no position of shard(s) {missing}; positions are of {sorted(by_shard)}")
-        self._forget()
-        self._batches.state = self._state = [copy.deepcopy(by_shard[shard]) for shard in own]
+        state = [copy.deepcopy(by_shard[shard]) for shard in own]
+        if (found := len(state[0]["runs"])) != len(self.documents):
+            raise ValueError(f"a position in {found} source(s); this feed has {len(self.documents)}")
+        self._state = state
+        self._rewind()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -93,15 +100,16 @@ class Feed:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._forget()
+        self._rewind()
         self._thread.shutdown()
         self._batches.pool.shutdown()
 
-    def _forget(self) -> None:
-        """Drops what was prepared, and waits for what is being prepared."""
+    def _rewind(self) -> None:
+        """Drops what was prepared after the last batch given out."""
         while self._ahead:
-            if not (future := self._ahead.popleft()).cancel():
+            if not (future := self._ahead.pop()).cancel():
                 wait([future])
+        self._batches.state = self._state
 
 
 def open_feed(
@@ -151,9 +159,11 @@ def open_feed(
     for documents in chosen:
         documents.check(shards, split, held_out)
 
+    orders = [Orders(make_key(seed, 1, i), len(documents)) for i, documents in enumerate(chosen)]
+
     def shard_rows(shard: int) -> ShardRows:
-        orders = [_order(documents, make_key(seed, 1, i), shard, shards) for i, documents in enumerate(chosen)]
-        runs = [TokenRun(d.source.name, order, end_token) for d, order in zip(chosen, orders, strict=True)]
+        endless = [Reshuffled(grain.MapDataset.source(d), o).repeat() for d, o in zip(chosen, orders, strict=True)]
+        runs = [TokenRun(s.name, d[shard::shards], end_token) for s, d in zip(sources, endless, strict=True)]
         cuts, key = np.cumsum(shares)[:-1], make_key(seed, 2)
         return ShardRows(shard, runs, lambda row: np.searchsorted(cuts, uniform(key, row * shards + shard), "right"))
 
@@ -170,7 +180,6 @@ def open_feed(
         "held_out": held_out,
         "split_seed": split_seed,
         "end_token": end_token,
-        "shuffle": _shuffle_sample(),
     }
     return Feed(batches, json.loads(json.dumps(fingerprint)), tuple(len(documents) for documents in chosen))
 
@@ -247,9 +256,13 @@ class _Batches:
 
     def make(self) -> tuple[Filled, State]:
         """The next batch, and the position after it."""
+        fills = [shard.fill for shard in self.shards]
         shape = (len(self.shards), self._rows, self._length)
         tokens, segment_ids = np.empty(shape, np.int32), np.empty(shape, np.int32)
-        list(self.pool.map(ShardRows.fill, self.shards, tokens, segment_ids))
+        filling = [self.pool.submit(*each) for each in zip(fills, tokens, segment_ids, strict=True)]
+        wait(filling)  # before any error goes out: none may still be moving
+        for future in filling:
+            future.result()
         flat = (-1, self._length)
         filled = Filled(tokens.reshape(flat), np.ones(shape, bool).reshape(flat), segment_ids.reshape(flat))
         return filled, self.state
@@ -262,17 +275,6 @@ class _Batches:
     def state(self, states: State) -> None:
         for rows, state in zip(self.shards, states, strict=True):
             rows.state = state
-
-
-def _order(documents: _Chosen, key: int, shard: int, shards: int) -> Any:
-    """The documents of one shard, in an endless order that is another in every epoch."""
-    return grain.MapDataset.source(documents).shuffle(seed=key % 2**32).repeat()[shard::shards]
-
-
-def _shuffle_sample() -> list[int]:
-    """Tells grain's order from that of a version with another."""
-    order = grain.MapDataset.range(1 << 20).shuffle(seed=1)
-    return [order[i] for i in range(3)]  # pyright: ignore[reportReturnType]  # typed as if elements could be absent
 
 
 def _shares(weights: Sequence[float] | None, sources: int) -> np.ndarray:

@@ -25,12 +25,17 @@ def uniform(key: int, numbers: np.ndarray) -> np.ndarray:
     return (hash_numbers(key, numbers) >> np.uint64(11)) * 2.0**-53
 
 
+def number_type(count: int) -> np.dtype:
+    """The smallest type for the numbers of so many documents: there may be hundreds of millions."""
+    return np.dtype(np.uint32 if count <= 1 << 32 else np.uint64)
+
+
 def split_documents(documents: int, split: Split, share: float, seed: int) -> np.ndarray:
     """The numbers of the documents in a split, ascending: held out are those whose numbers have the smallest hashes.
 
     Exactly round(share * documents) are held out, at least one where share > 0. Equal texts are different documents.
     """
-    numbers = np.arange(documents, dtype=np.uint32 if documents < 1 << 32 else np.uint64)
+    numbers = np.arange(documents, dtype=number_type(documents))
     count = min(max(1, round(share * documents)), documents) if share > 0 else 0
     if not count:
         return numbers if split == "train" else numbers[:0]

@@ -24,15 +24,20 @@ class Spool:
     """The temporary file, shared by all parquet files of a corpus; it vanishes with this object."""
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (lives as long as this object)
+        with tempfile.TemporaryFile() as file:
+            self._descriptor = os.dup(file.fileno())
         self._size = 0
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
     def write(self, data: memoryview) -> int:
         """Appends and says where."""
         start = self._size
         try:
             while len(data):
-                written = self._file.write(data)
+                written = os.write(self._descriptor, data)
                 data, self._size = data[written:], self._size + written
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -44,7 +49,7 @@ class Spool:
         return start
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, start)
+        return os.pread(self._descriptor, size, start)
 
 
 class SpooledRows:
