@@ -6,6 +6,7 @@ A cached copy is used again as long as the remote file's own identity (size, eta
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,39 +37,46 @@ class RemoteFolder:
         remote = f"{self.root}/{name}"
         folder = cache_folder() / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         local, mark = folder / name, folder / ".identity" / name
-        identity = _explained(self.url, lambda: str(self.system.ukey(remote)))
+        identity = explained(self.url, lambda: str(self.system.ukey(remote)))
         if not (local.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == identity):
             mark.unlink(missing_ok=True)
             with atomic_path(local) as temporary:
-                _explained(self.url, lambda: self.system.get_file(remote, str(temporary)))
+                explained(self.url, lambda: self.system.get_file(remote, str(temporary)))
             write_text(mark, identity)
         return local
 
 
 def open_remote(url: str) -> tuple[RemoteFolder, str | None]:
     """Lists a remote folder; for the address of one file, its folder narrowed to that file, and the file's name."""
-    import fsspec
-
     url = url.rstrip("/")
-    protocol = url.split("://", 1)[0]
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise SourceError(
-            f"{url}: reading {protocol}:// needs one more package: pip install 'qscope-jax[remote]'"
-        ) from error
-    except ValueError as error:
-        raise SourceError(f"{url}: {protocol}:// is not an address that fsspec knows ({error})") from error
-    if _explained(url, lambda: system.isfile(root)):
+    system, root = filesystem(url)
+    if explained(url, lambda: system.isfile(root)):
         root, _, only = root.rpartition("/")
         return RemoteFolder(url.rpartition("/")[0], system, root, (only,)), only
-    found = _explained(url, lambda: system.find(root))
+    found = explained(url, lambda: system.find(root))
     names = tuple(sorted(path.removeprefix(root).lstrip("/") for path in found))
     if not names:
         raise SourceNotFoundError(f"{url} does not exist or is empty")
     if len(names) > _MAX_FILES:
         raise SourceError(f"{url} holds more than {_MAX_FILES} files: name the model's or SAE's own folder.")
     return RemoteFolder(url, system, root, names), None
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem behind an address, and the address in that filesystem's own words.
+
+    Raises:
+        SourceError: the scheme is unknown, or its package is not installed.
+    """
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise SourceError(f"{url}: {protocol}:// needs one more package: pip install 'qscope-jax[remote]'") from error
+    except ValueError as error:
+        raise SourceError(f"{url}: {protocol}:// is not an address that fsspec knows ({error})") from error
 
 
 def cache_folder() -> Path:
@@ -78,16 +86,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qscope" / "remote"
 
 
-def _explained(url: str, ask: Any) -> Any:
+def explained(url: str, ask: Callable[[], Any], *, doing: str = "read") -> Any:
+    """What `ask()` returns; its errors, of whatever package, become ours, which say what could not be done.
+
+    Raises:
+        SourceNotFoundError, AccessError, OfflineError, SourceError: by cause.
+    """
     try:
         return ask()
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{url}: no such file or folder ({error})") from error
     except PermissionError as error:
-        raise AccessError(f"{url}: these credentials may not read it ({error})") from error
+        raise AccessError(f"{url}: these credentials may not {doing} it ({error})") from error
     except (ConnectionError, TimeoutError) as error:
         raise OfflineError(f"{url} does not answer ({error})") from error
     except SourceError:
         raise
     except Exception as error:  # each filesystem package has errors of its own; none may end as a traceback
-        raise SourceError(f"{url} could not be read: {type(error).__name__}: {error}") from error
+        raise SourceError(f"{url}: could not {doing} it: {type(error).__name__}: {error}") from error

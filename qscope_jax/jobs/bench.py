@@ -91,13 +91,13 @@ def run(config: Config) -> None:
                 for row in _SPARSE[name](setting):
                     results[name].append(row)
                     print("\n".join(markdown([row])[2 if len(results[name]) > 1 else 0 :]), flush=True)
-                    _write(config.out, results)
+                    _write(job.out, results)
                     if job.stopping:
                         raise job.interrupted(f"{len(results[name])} ratios of {name} are measured")
             else:
                 results[name] = benchmarks[name]()
                 print("\n".join(table(name, results[name])), flush=True)
-            _write(config.out, results)
+            _write(job.out, results)
             job.progress(benchmarks=1)
 
 

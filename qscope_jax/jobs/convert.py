@@ -7,7 +7,6 @@ layer converted to another dtype the command prints what share of the active ind
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from qscope_jax.jobs.run import Run
 from qscope_jax.sae.formats import FormatError, layers_of, open_sae, read_back, read_sae, sae_sha256, save_sae
 from qscope_jax.sae.formats.facts import settle
 from qscope_jax.sae.formats.find import layer_file_name
-from qscope_jax.sae.formats.json_file import read_json
 from qscope_jax.sae.model import Sae, SaeConfig
 from qscope_jax.sae.quality import sink_threshold
 from qscope_jax.sae.rounding import cast_sae, make_rounding_cost, synthetic_vectors
@@ -64,12 +62,10 @@ def run(config: Config) -> None:
       ValueError, OSError: the source cannot be read, or --out holds other SAEs; no file is left half done.
       Interrupted: SIGTERM or SIGINT came; every finished layer is kept.
     """
-    if re.match(r"\w{2,}:/", str(config.out)):
-        raise ValueError(f"--out {config.out}: write to a local folder and upload it")
     source = resolve(config.source, what="sae")
     layers = config.layers or layers_of(source) or (None,)
-    earlier = _earlier(config.out)
-    with Run("convert", config, config.out, total=len(layers)) as job:
+    with Run("convert", config, config.out, total=len(layers), resumes=True) as job:
+        earlier = job.earlier.get("layers", {})
         job.record(source={"name": source.name, "revision": source.revision})
         judge = _Judge(config)
         if config.dtype:
@@ -77,21 +73,24 @@ def run(config: Config) -> None:
         for done, layer in enumerate(layers):
             if job.stopping:
                 raise job.interrupted(f"{done} of {len(layers)} layers are converted")
-            name, facts, kept = _convert(config, judge, source, layer)
+            name, facts, kept = _convert(config, job.out, judge, source, layer)
             facts = {**earlier.get(name, {}), **facts} if kept else facts
             print(f"{name}: {_in_words(facts)}{', kept from an earlier run' if kept else ''}", flush=True)
             job.record(layers={name: facts})
             job.progress(layers=int(not kept), already=int(kept))
+            job.publish()
 
 
-def _convert(config: Config, judge: "_Judge", source: Source, layer: int | None) -> tuple[str, dict[str, Any], bool]:
+def _convert(
+    config: Config, out: Path, judge: "_Judge", source: Source, layer: int | None
+) -> tuple[str, dict[str, Any], bool]:
     """Converts one layer, or finds it done: the name of the file, what the manifest says of it, and which it was."""
     opened = open_sae(source, layer)
     expected = settle(str(opened.path), opened.facts, k=config.k)
     if expected.layer is None:
         raise FormatError(f"{opened.path}: its layer is unknown; name the file layer{{n}}.sae.pt, or give --layers")
     name = layer_file_name(config.to, expected.layer)
-    path = config.out / name
+    path = out / name
     dtype = config.dtype or opened.stored.w_enc.array.dtype.name
     if path.exists() and _is_complete(path, expected, dtype):
         wanted = cast_sae(read_sae(opened, k=config.k, dtype=None), dtype)
@@ -159,14 +158,6 @@ class _Judge:
         run = functools.partial(forward, capture=every, logits="none", stop_after=every[-1])
         output = jax.jit(run, static_argnums=1)(backbone.params, backbone.config, tokens, mask=mask)
         return backbone, np.asarray(output.captured, np.float32)[:, mask]
-
-
-def _earlier(out: Path) -> dict[str, Any]:
-    """What the manifest of an earlier run says of its layers, so that this run's says it too."""
-    try:
-        return read_json(out / "manifest.json").get("layers", {})
-    except (FileNotFoundError, FormatError):
-        return {}
 
 
 def _is_complete(path: Path, expected: SaeConfig, dtype: str) -> bool:

@@ -67,11 +67,11 @@ def run(config: Config) -> None:
         job.progress(texts=len(texts), tokens=sum(len(c.tokens) for c in passages.codes))
         table = [_language_row(passages, saes, language) for language in passages.languages]
         _print_table(backbone, saes, table)
-        write_json(config.out / "languages.json", table)
+        write_json(job.out / "languages.json", table)
         page = _page(backbone, saes, passages, rows, table, extra)
-        write_page(config.out / "index.html", "Qwen-Scope for JAX: what the features see", page)
+        write_page(job.out / "index.html", "Qwen-Scope for JAX: what the features see", page)
         job.record(counts={"texts": len(texts), "layers": len(saes)}, hashes={w: _hashes(w) for w in ("model", "sae")})
-    print(f"\nThe page with the heatmap: {config.out / 'index.html'}\n\nTry next:")
+    print(f"\nThe page with the heatmap: {job.address}/index.html\n\nTry next:")
     for command in next_commands():
         print(f"  {command}")
 

@@ -28,7 +28,7 @@ from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
 from qscope_jax.extract_folder import Loaded, Target, buckets_of, count_parts, finished_parts, make_parts
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import join_processes, local_mesh, meet, parse_mesh
-from qscope_jax.jobs.run import Interrupted, Run, devices, hash_files, plain, say
+from qscope_jax.jobs.run import Interrupted, Run, check_local, devices, hash_files, plain, say
 from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle
@@ -145,6 +145,7 @@ def run(config: Config) -> None:
       Interrupted: SIGTERM or SIGINT came; everything finished is saved.
     """
     _check_numbers(config)
+    check_local(config.out, why="its processes share the folder and go on from what is in it")
     shard, shards = join_processes(config.coordinator, config.processes, config.process, shard=config.shard)
     try:
         _extract(config, shard, shards)

@@ -56,7 +56,7 @@ def run(config: Config) -> None:
         else:
             facts = {what: _describe(config, resolve(config.source, what=what)) for what in _kinds(config.source)}
         if config.out is not None:
-            write_json(config.out / "info.json", plain(facts))
+            write_json(job.out / "info.json", plain(facts))
             job.record(results=["info.json"])
 
 

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -24,9 +23,10 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from qscope_jax.files.atomic import write_json, write_text
+from qscope_jax.files.outbox import Outbox, locate, open_outbox
+from qscope_jax.jobs.progress import Meter, say
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is broken, the same command goes on from here.
 PACKAGES = (
@@ -41,7 +41,6 @@ PACKAGES = (
     "pyarrow",
     "grain",
 )
-_LINE_EVERY = 5.0  # seconds between plain progress lines
 
 
 class Interrupted(SystemExit):
@@ -58,12 +57,17 @@ class Run:
     On entry the folder is made, a manifest with `"state": "running"` is written, and SIGTERM and SIGINT only set
     `stopping`; a second signal stops at once. On exit the manifest says `complete`, `interrupted` or `failed`.
 
+    `out` may be remote. The job then works in a local folder, which `self.out` is in either case, and its visible files
+    are copied to the address by `publish` and on exit, the manifest last; the running one, at once, proves that the
+    address can be written. If that fails on exit so does the run, and the local folder stays; else it is deleted.
+
     Args:
       command: the name of the subcommand.
       config: its frozen dataclass; written into the manifest in full.
-      out: the folder of the results; None leaves no manifest.
+      out: the folder of the results, local or remote; None leaves no manifest.
       total: how much `progress` will add up to in its first unit, where that is known.
       manifest: the manifest's file name, for commands of which several processes share a folder.
+      resumes: the job goes on from what its folder holds, so that all of a remote one must be copied here first.
     """
 
     def __init__(
@@ -74,20 +78,34 @@ class Run:
         *,
         total: int | None = None,
         manifest: str = "manifest.json",
+        resumes: bool = False,
     ):
-        if out is not None and re.match(r"[a-z0-9+]+:/", os.fspath(out)):
-            raise ValueError(f"--out {os.fspath(out)}: results are written to a local folder; copy it from there")
-        self.command, self.out, self.total = command, None if out is None else Path(out), total
+        self.command, self.total, self.resumes = command, total, resumes
+        self._place = None if out is None else locate(out)
+        self._out = self._place if isinstance(self._place, Path) else None
+        self._box: Outbox | None = None
         self.manifests = [manifest]  # file names; a job may add one before it ends
         self._facts: dict[str, Any] = {"command": command, "config": plain(config), "versions": versions()}
         self._started, self._stop, self._old_handlers = time.time(), threading.Event(), {}
         self._began = time.monotonic()
-        self._meter: _Meter | None = None
+        self._meter: Meter | None = None
         self._before: tuple[Path, str] | None = None  # the manifest that was there, with its text
 
     def __enter__(self) -> "Run":
-        self._before = self._read_before()
-        self._write("running")
+        if isinstance(self._place, str):
+            self._box = open_outbox(self._place)
+            self._out = self._box.folder
+        try:
+            if self._box is not None:
+                self._box.bring(None if self.resumes else self.manifests)
+            self._before = self._read_before()
+            self._write("running")
+            if self._box is not None:
+                self._box.send(self.manifests[0])
+        except BaseException:
+            if self._box is not None:
+                self._box.discard()
+            raise
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
@@ -100,13 +118,36 @@ class Run:
             signal.signal(number, handler)
         if isinstance(error, Interrupted):
             self._write("interrupted", reason=error.message)
-            say(f"{self.command}: stopped. {error.message}. The same command goes on from here.")
         elif error is not None and self._before is not None and self._meter is None:
             write_text(self._before[0], self._before[1])  # refused before any work: what is there stays described
         elif error is not None:
             self._write("failed", reason=f"{kind.__name__}: {error}")
         else:
             self._write("complete")
+        self._deliver(error)
+        if isinstance(error, Interrupted):
+            say(f"{self.command}: stopped. {error.message}. The same command goes on from here.")
+
+    @property
+    def out(self) -> Path:
+        """The local folder of the results; for a remote --out, the one from which they are copied."""
+        if self._out is None:
+            raise ValueError(f"{self.command}: this run has no folder for results")
+        return self._out
+
+    @property
+    def address(self) -> str:
+        """Where the results end up: the local folder, or the address that was given as --out."""
+        return str(self._place if self._place is not None else self.out)
+
+    def publish(self) -> None:
+        """Copies what is finished to a remote --out; a failure is said, and the next call or the end tries again."""
+        if self._box is not None:
+            self._write("running")
+            try:
+                self._box.publish(last=self.manifests)
+            except OSError as error:
+                say(f"{self.command}: {error}; tried again later")
 
     @property
     def earlier(self) -> dict[str, Any]:
@@ -140,8 +181,22 @@ class Run:
         if self._meter is None:
             # A first call with zeros says "from here on"; without one the work began with the run.
             begin = self._began if any(amounts.values()) else time.monotonic()
-            self._meter = _Meter(self.command, self.total, next(iter(amounts)), begin)
+            self._meter = Meter(self.command, self.total, next(iter(amounts)), begin)
         self._meter.add(amounts, already)
+
+    def _deliver(self, error: BaseException | None) -> None:
+        """Copies everything to a remote --out. That this failed outweighs having been stopped, but no other error."""
+        if self._box is None:
+            return
+        try:
+            self._box.publish(last=self.manifests)
+        except OSError as failure:
+            if error is None or isinstance(error, Interrupted):
+                raise
+            say(f"{self.command}: {failure}")
+        else:
+            say(f"{self.command}: {len(self._box.sent)} files are in {self.address}")
+            self._box.discard()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._stop.set()
@@ -151,71 +206,27 @@ class Run:
         os.write(2, f"\n{self.command}: {name}: saving what is done; a second signal stops at once\n".encode())
 
     def _read_before(self) -> tuple[Path, str] | None:
-        path = self.out / self.manifests[0] if self.out is not None else None
+        path = self._out / self.manifests[0] if self._out is not None else None
         return (path, path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
 
     def _write(self, state: str, **more: Any) -> None:
-        if self.out is None:
+        if self._out is None:
             return
         seconds = round(time.time() - self._started, 3)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         timings = {**self._facts.get("timings", {}), "started": when, "seconds": seconds}
         for name in self.manifests:
-            write_json(self.out / name, {"state": state, **more, **self._facts, "timings": timings})
+            write_json(self._out / name, {"state": state, **more, **self._facts, "timings": timings})
 
 
-class _Meter:
-    """Progress on stderr: a bar on a terminal, else a plain line every few seconds."""
+def check_local(out: str | os.PathLike[str], *, why: str) -> None:
+    """For commands whose folder cannot be remote.
 
-    def __init__(self, name: str, total: int | None, unit: str, begin: float):
-        self.name, self.total, self.unit, self.begin = name, total, unit, begin
-        self.last = time.monotonic()
-        self.done, self.amounts = 0, {}
-        self.bar = tqdm(total=total, desc=name, unit=unit, smoothing=0.1) if sys.stderr.isatty() else None
-
-    def add(self, amounts: Mapping[str, int], already: int) -> None:
-        self.done += amounts[self.unit] + already
-        for unit, amount in amounts.items():
-            self.amounts[unit] = self.amounts.get(unit, 0) + amount
-        if self.bar is not None:
-            self.bar.initial += already
-            self.bar.update(amounts[self.unit] + already)
-            self.bar.set_postfix_str(", ".join(self._rates()[1:]), refresh=False)
-        elif time.monotonic() - self.last > _LINE_EVERY:
-            self._line()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        else:
-            self._line()
-
-    def _rates(self) -> list[str]:
-        seconds = max(time.monotonic() - self.begin, 1e-9)
-        return [f"{amount / seconds:,.0f} {unit}/s" for unit, amount in self.amounts.items()]
-
-    def _line(self) -> None:
-        self.last = time.monotonic()
-        parts = [f"{self.name}: {self.done:,} {self.unit}"]
-        if self.total:
-            parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%})"]
-        parts += self._rates()
-        fresh = self.amounts[self.unit]
-        if self.total and fresh and self.done < self.total:
-            parts.append(f"{duration((self.last - self.begin) / fresh * (self.total - self.done))} left")
-        say(" | ".join(parts))
-
-
-def say(text: str) -> None:
-    """A line for people, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `h:mm:ss` or `m:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    Raises:
+      ValueError: it is an address.
+    """
+    if not isinstance(locate(out), Path):
+        raise ValueError(f"--out {os.fspath(out)}: this command needs a local folder, since {why}; copy it from there")
 
 
 def versions(*others: str) -> dict[str, str]:

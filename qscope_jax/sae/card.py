@@ -177,8 +177,8 @@ def _sinks(card: Card) -> str:
     rows = [[str(layer), f"{value:.6g}"] for layer, value in known.items()]
     return (
         "## Sinks\n\nRare tokens of Qwen models have residuals of 100 to 1000 times the usual norm. Tokens above the "
-        f"norms below, {SINK_FACTOR:g} times the layer's median, were left out of training and of the figures above; what "
-        "the SAEs make of such tokens is undefined. `config.json` holds the thresholds.\n\n"
+        f"norms below, {SINK_FACTOR:g} times the layer's median, were left out of training and of the figures above; "
+        "what the SAEs make of such tokens is undefined. `config.json` holds the thresholds.\n\n"
         f"{_table(['layer', 'norm'], rows)}"
     )
 

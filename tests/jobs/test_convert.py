@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +148,22 @@ class TestRerun:
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         assert manifest(tmp_path / "out")["layers"] == manifest(tmp_path / "whole")["layers"]
 
+    def test_a_remote_folder_is_gone_on_with(self, tmp_path, source, monkeypatch, capsys):
+        monkeypatch.setenv("QSCOPE_CACHE", str(tmp_path / "cache"))
+        memory, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}/out"
+        command = ["convert", str(source), "--to", "safetensors", "--out", f"memory:/{folder}"]
+        assert main([*command, "--layers", "0", "5"]) == 0
+        whole = memory.cat_file(f"{folder}/layer5.sae.safetensors")
+        capsys.readouterr()
+        assert main(command) == 0
+        assert capsys.readouterr().out.count("kept from an earlier run") == 2
+        assert sorted(name.rsplit("/", 1)[-1] for name in memory.find(folder)) == [
+            "config.json", *(f"layer{n}.sae.safetensors" for n in LAYERS), "manifest.json",
+        ]  # fmt: skip
+        assert memory.cat_file(f"{folder}/layer5.sae.safetensors") == whole
+        assert sae_sha256(load_sae(f"memory:/{folder}", 1)) == sae_sha256(make(1))
+        memory.rm(f"/{tmp_path.name}", recursive=True)
+
     def test_files_of_other_settings_are_not_mixed_in(self, tmp_path, source):
         convert.run(convert.Config(str(source), "safetensors", tmp_path / "out"))
         with pytest.raises(
@@ -176,7 +193,7 @@ class TestRerun:
     ("arguments", "says"),
     [
         (["--layers", "7"], "no SAE for layer 7 in it; it has the layers 0..1, 5"),
-        (["--out", "gs://bucket/x"], "write to a local folder"),
+        (["--out", "nonsense://bucket/x"], "is not an address that fsspec knows"),
         (["--k", "65"], "k = 65 must lie in 1..64"),
     ],
 )

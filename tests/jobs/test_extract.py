@@ -158,6 +158,13 @@ def test_masked_sinks_are_left_out_and_reported_and_every_shard_uses_the_same_th
     assert [len(masked.document(3).features[layer][0]) > 0 for layer in (0, 1)] == [False, True]
 
 
+def test_a_remote_folder_for_results_is_refused_and_none_of_that_name_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["extract", "demo", "--out", "gs://bucket/x"]) == cli.EXIT_ERROR
+    assert "needs a local folder, since its processes share the folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_manifest_says_what_was_done_and_how(tiny_release, fifty, tmp_path):
     rows, data = fifty
     extract(tiny_release, data, tmp_path / "out")

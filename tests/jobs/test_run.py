@@ -10,10 +10,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run, duration, hash_files, plain
+from qscope_jax.jobs.progress import duration
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run, hash_files, plain
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,6 @@ def test_work_that_is_reported_once_at_its_end_began_with_the_run(tmp_path, caps
     assert float(rate) <= 20
 
 
-@pytest.mark.parametrize("out", ["gs://bucket/x", Path("s3://bucket/x")])
-def test_a_remote_folder_for_results_is_refused_and_no_folder_of_that_name_is_made(tmp_path, monkeypatch, out):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="local folder"):
-        Run("extract", Settings(), out)
-    assert not list(tmp_path.iterdir())
-
-
 def test_hashes_tell_files_of_one_name_apart(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -140,3 +135,105 @@ def test_durations_and_plain_values_read_well():
     assert duration(75) == "1:15"
     assert duration(3675) == "1:01:15"
     assert plain({"a": (1, np.float64(2.5), Path("x"))}) == {"a": [1, 2.5, "x"]}
+
+
+class TestRemoteOut:
+    @pytest.fixture
+    def address(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("QSCOPE_CACHE", str(tmp_path / "cache"))
+        yield f"memory://{tmp_path.name}/out"
+        memory = fsspec.filesystem("memory")
+        if memory.exists(f"/{tmp_path.name}"):
+            memory.rm(f"/{tmp_path.name}", recursive=True)
+
+    def read(self, address, name):
+        return fsspec.filesystem("memory").cat_file(f"{address}/{name}").decode()
+
+    def left(self, tmp_path):
+        """The local folders that were kept."""
+        return list((tmp_path / "cache" / "results").iterdir())
+
+    def test_results_are_made_locally_and_arrive(self, tmp_path, address, capsys):
+        with Run("train", Settings(), Path(address)) as run:
+            assert json.loads(self.read(address, "manifest.json"))["state"] == "running"
+            assert run.address == address
+            (run.out / "sae").mkdir()
+            (run.out / "sae" / "layer0.pt").write_text("weights")
+            run.publish()
+            assert self.read(address, "sae/layer0.pt") == "weights"
+            (run.out / "metrics.jsonl").write_text("{}\n")
+        assert json.loads(self.read(address, "manifest.json"))["state"] == "complete"
+        assert self.read(address, "metrics.jsonl") == "{}\n"
+        assert self.left(tmp_path) == []
+        assert f"3 files are in {address}" in capsys.readouterr().err
+
+    def test_an_interrupted_run_arrives_too(self, tmp_path, address):
+        def work():
+            with Run("train", Settings(), address) as run:
+                (run.out / "part.txt").write_text("done")
+                raise run.interrupted("1 of 2 parts is saved")
+
+        with pytest.raises(SystemExit) as stop:
+            work()
+        assert stop.value.code == EXIT_INTERRUPTED
+        assert json.loads(self.read(address, "manifest.json"))["state"] == "interrupted"
+        assert self.read(address, "part.txt") == "done"
+        with Run("train", Settings(), address, resumes=True) as run:
+            assert run.earlier["state"] == "interrupted"
+            assert (run.out / "part.txt").read_text() == "done"
+
+    @pytest.mark.parametrize("stopped", [False, True])
+    def test_results_that_do_not_arrive_fail_the_run_and_stay_here(self, tmp_path, address, monkeypatch, stopped):
+        def work():
+            with Run("train", Settings(), address) as run:
+                (run.out / "layer0.pt").write_text("weights")
+                monkeypatch.setattr(
+                    MemoryFileSystem, "put_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+                )
+                if stopped:
+                    raise run.interrupted("all is saved")
+
+        with pytest.raises(OSError, match=r"layer0\.pt did not arrive: .*full.*Nothing is lost"):
+            work()
+        (folder,) = self.left(tmp_path)
+        assert (folder / "layer0.pt").read_text() == "weights"
+        assert manifest(folder)["state"] == ("interrupted" if stopped else "complete")
+        assert json.loads(self.read(address, "manifest.json"))["state"] == "running"
+
+    def test_the_reason_of_a_failed_run_is_not_hidden_by_that_of_the_copying(self, address, monkeypatch, capsys):
+        def work():
+            with Run("train", Settings(), address):
+                monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *_, **__: (_ for _ in ()).throw(OSError("x")))
+                raise ValueError("broken input")
+
+        with pytest.raises(ValueError, match="broken input"):
+            work()
+        assert "did not arrive" in capsys.readouterr().err
+
+    def test_a_failure_on_the_way_is_said_and_made_good_at_the_end(self, address, monkeypatch, capsys):
+        with Run("train", Settings(), address) as run:
+            (run.out / "a.txt").write_text("a")
+            with monkeypatch.context() as broken:
+                broken.setattr(MemoryFileSystem, "put_file", lambda *_, **__: (_ for _ in ()).throw(OSError("busy")))
+                run.publish()
+            assert "a.txt did not arrive" in capsys.readouterr().err
+        assert self.read(address, "a.txt") == "a"
+
+    def test_an_address_that_cannot_be_written_is_known_before_any_work(self, tmp_path, address, monkeypatch):
+        monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
+        with pytest.raises(OSError, match="these credentials may not write it"), Run("train", Settings(), address):
+            pytest.fail("the work began")
+        assert self.left(tmp_path) == []
+
+    def test_a_command_refused_before_any_work_leaves_what_is_there(self, address):
+        with Run("train", Settings(), address) as run:
+            run.progress(rows=1)
+        before = self.read(address, "manifest.json")
+        with pytest.raises(ValueError, match="refused"), Run("train", Settings(layers=(1,)), address):
+            raise ValueError("refused")
+        assert self.read(address, "manifest.json") == before
+
+
+def test_a_run_without_a_folder_has_none_to_write_to():
+    with Run("info", Settings(), None) as run, pytest.raises(ValueError, match="no folder for results"):
+        _ = run.out

@@ -50,7 +50,7 @@ class TestFrontMatter:
         assert "has not stated a licence" in card()
         assert "has not stated a licence" not in card(license="mit")
 
-    @pytest.mark.parametrize("backbone", [None, "demo", "/home/me/model", "./x/y", "a b/c"])
+    @pytest.mark.parametrize("backbone", [None, "demo", "/srv/model", "./x/y", "a b/c"])
     def test_a_backbone_that_is_not_on_the_hub_is_no_base_model(self, backbone):
         told = card(config=SaeConfig(16, 64, 4, backbone=backbone))
         assert ModelCard(told).data.base_model is None
