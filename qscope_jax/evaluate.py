@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Filled
 from qscope_jax.extract import check_sae
-from qscope_jax.mesh import mesh_of, sharding
+from qscope_jax.mesh import RULES
 from qscope_jax.sae.cofiring import CoFiring, init_cofiring, most_frequent, summarize_cofiring, update_cofiring
 from qscope_jax.sae.geometry import decoder_statistics
 from qscope_jax.sae.model import Sae, SaeConfig
@@ -148,7 +149,7 @@ class EvalStep:
                 zeroed = self._swap(params, device, zeros, clean.hidden, zeroed)
             layers[layer] = LayerState(quality, cofiring, spliced, zeroed)
         more = (clean.sums["cross_entropy"], clean.sums["tokens"]) if predict else (0.0, 0.0)
-        more = (as_total(jnp.float32(value)) for value in (*more, batch.tokens.size))
+        more = (as_total(jnp.float32(value)) for value in (*more, device[0].size))
         return Evaluation(layers, *map(add_totals, state[1:], more))
 
     def _folded(self, state, sae: Sae, captured, i: int, mask, threshold: float):
@@ -199,10 +200,10 @@ def evaluate_saes(
     Args:
       backbone: the model, on one device or a mesh.
       saes: per layer, on the model's mesh.
-      batches: real tokens, packed or padded; on a mesh "data" divides their rows. More than one pass is never made.
+      batches: packed or padded, read once; on a mesh "data" divides their rows, and each process gives its own.
       sink_thresholds: the norm above which a token of a layer is a sink; by default what the SAE's config says.
-      predict_tokens: cross-entropy and KL are measured on the first batches that hold so many tokens (all by default,
-        0 leaves them out); they take two forwards per layer.
+      predict_tokens: cross-entropy and KL are measured on the first batches, until they have so many predicted tokens
+        (all by default, 0 leaves them out); that takes two forwards per layer.
       step: a step to use again, made for the same model and layers.
 
     Raises:
@@ -213,15 +214,19 @@ def evaluate_saes(
     known = known_thresholds(saes) | dict(sink_thresholds or {})
     if missing := [layer for layer in step.layers if layer not in known]:
         raise ValueError(f"no sink threshold is known for layers {missing}: measure it and give sink_thresholds")
-    state, left = None, np.inf if predict_tokens is None else predict_tokens
+    state, limit = None, np.inf if predict_tokens is None else predict_tokens
     for batch in batches:
         if state is None:
             state = step.start(backbone.params, saes, known, batch)
-        state = step(backbone.params, saes, known, state, batch, predict=left > 0)
-        left -= batch.mask.sum()
+        state = step(backbone.params, saes, known, state, batch, predict=scored_tokens(state) < limit)
     if state is None:
         raise ValueError("there is no text to evaluate on: no batch was given")
     return summarize_evaluation(state, saes, known)
+
+
+def scored_tokens(state: Evaluation) -> float:
+    """The positions that cross-entropy and KL are sums over so far; waits for the device."""
+    return float(total_value(state.scored))
 
 
 def known_thresholds(saes: Mapping[int, Sae]) -> dict[int, float]:
@@ -267,7 +272,7 @@ def _layer_metrics(state: Evaluation, layer: int, sae: Sae, threshold: float) ->
 
 
 def _predicted(state: Evaluation, seen: LayerState) -> dict[str, float | None]:
-    tokens = float(total_value(state.scored))
+    tokens = scored_tokens(state)
     mean = lambda total: float(total_value(total)) / tokens if tokens else float("nan")  # noqa: E731
     clean, spliced, zero = mean(state.clean), mean(seen.spliced.cross_entropy), mean(seen.zeroed.cross_entropy)
     recovered = (zero - spliced) / (zero - clean) if zero != clean else float("nan")
@@ -287,8 +292,9 @@ def _defined(value: float) -> float | None:
 
 
 def _place(batch: Filled, params: Params) -> Sequence[jax.Array]:
-    """The batch's tokens, mask and segment ids on the model's devices, rows over "data"."""
-    mesh = mesh_of(params["embed"])
-    return [
-        jnp.asarray(a) if mesh is None else jax.device_put(a, sharding(("batch", None), a.shape, mesh)) for a in batch
-    ]
+    """Tokens, mask and segment ids on the model's devices, rows over "data"; a process gives the rows of its own."""
+    place = params["embed"].sharding
+    if not isinstance(place, NamedSharding):
+        return [jnp.asarray(array) for array in batch]
+    rows = NamedSharding(place.mesh, PartitionSpec(RULES["batch"]))
+    return [jax.make_array_from_process_local_data(rows, array) for array in batch]

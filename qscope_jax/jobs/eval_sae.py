@@ -261,7 +261,7 @@ def _fold(
             if job.stopping:
                 _put_aside(aside, state, number, opened.facts)
                 raise job.interrupted(f"{number} batches of {seen:,} tokens are added up and put aside")
-            predict = seen < config.predict_tokens
+            predict = scored_tokens(state) < config.predict_tokens
             state = step(backbone.params, saes, thresholds, state, batch, predict=predict)
             job.progress(rows=rows, tokens=int(batch.mask.sum()))
         seen += int(batch.mask.sum())

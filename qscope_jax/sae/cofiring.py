@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qscope_jax.mesh import to_host
 from qscope_jax.sae.quality import Measured, Quality, Total, add_totals, as_total, total_value
 
 
@@ -51,7 +52,7 @@ def summarize_cofiring(state: CoFiring, *, top: int = 10) -> dict[str, Any]:
     `latents` looked at; `mean_jaccard` over all their pairs of which one fired; `pairs`: of the `top` largest
     coefficients the two latents, `jaccard`, `given_first` = P(second | first), `given_second`, and `tokens` = n_ij.
     """
-    together, names = total_value(state.pairs), np.asarray(state.latents)
+    together, names = total_value(state.pairs), to_host(state.latents)
     alone = np.diagonal(together)
     first, second = np.triu_indices(len(names), 1)
     both = together[first, second]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qscope_jax.mesh import to_host
 from qscope_jax.sae.model import Sae
 
 COMPARED_ROWS = 4096
@@ -34,7 +35,7 @@ def decoder_statistics(sae: Sae, *, rows: int = COMPARED_ROWS, seed: int = 0) ->
       compared rows whose largest cosine is above 0.9.
     """
     w = sae.params.w_dec
-    norms = np.asarray(_norms(w))
+    norms = to_host(_norms(w))
     nonzero = np.flatnonzero(norms > 0)
     chosen = nonzero
     if len(nonzero) > rows:
@@ -43,7 +44,7 @@ def decoder_statistics(sae: Sae, *, rows: int = COMPARED_ROWS, seed: int = 0) ->
     cosines = np.zeros(0, np.float32)
     if len(nonzero) > 1:
         padded = np.resize(chosen, -(-len(chosen) // block) * block)
-        cosines = np.asarray(_largest_cosines(w, jnp.asarray(padded), block))[: len(chosen)]
+        cosines = to_host(_largest_cosines(w, padded, block))[: len(chosen)]
     return {
         "norm": _spread(norms),
         "zero_rows": int((norms == 0).sum()),

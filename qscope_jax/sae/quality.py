@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qscope_jax.mesh import to_host
 from qscope_jax.sae.model import Sae, SaeConfig, SparseCode, decode, encode
 
 SINK_FACTOR = 10.0
@@ -149,7 +150,7 @@ def summarize(quality: Quality) -> dict[str, float]:
     counts, tokens = sums["tokens"], float(sums["tokens"].sum())
     if tokens == 0:
         raise ValueError("no token counted: the mask, the groups or the sink threshold left none")
-    means = np.asarray(quality.mean, np.float64)
+    means = to_host(quality.mean).astype(np.float64)
     offsets = means - counts @ means / tokens
     within = sums["spread"].sum()
     total = within + counts @ np.square(offsets).sum(axis=-1)
@@ -231,4 +232,4 @@ def add_totals(one: Total, other: Total) -> Total:
 
 def total_value(total: Total) -> np.ndarray:
     """The sum in float64."""
-    return np.asarray(total.high, np.float64) + np.asarray(total.low, np.float64)
+    return to_host(total.high).astype(np.float64) + to_host(total.low)
