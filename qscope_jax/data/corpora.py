@@ -200,6 +200,13 @@ def _open_files(
     say: Callable[[str], None] | None,
 ) -> list[RowFile]:
     found, spool = find_files(specs, format=format), Spool()
+    plain = [file.name for file in found if file.format == "text"]
+    if 0 < len(plain) < len(found):
+        table = next(file.name for file in found if file.format != "text")
+        raise ValueError(
+            f"{' '.join(specs)}: plain text ({plain[0]}) beside tables ({table}): a README among the data? Name the "
+            "folder that holds just the data, or a glob such as FOLDER/*.parquet"
+        )
     if say:
         size = sum(file.path.stat().st_size for file in found)
         say(f"reading {len(found)} file(s) of {size / 1e6:,.1f} MB")

@@ -128,15 +128,18 @@ def open_feed(
     end_token: int | None = None,
     threads: int = 4,
 ) -> Feed:
-    """The rows that training reads, in global batches of `rows` x `row_length` tokens.
+    """The rows that training reads, in endless global batches of `rows` x `row_length` tokens.
+
+    To evaluate on N tokens, take the first N / (rows * row_length) batches of a held-out feed: a seed's are always the
+    same.
 
     Args:
       sources: the corpora.
       weights: each source's share of the rows, so of the tokens; equal by default. Rows draw their source by number.
       row_length: tokens of a row; longer documents go on in the next row of their shard.
       rows: rows of a global batch, over all processes.
-      shards: virtual shards, V; it divides `rows`, and every number of processes the run shall have divides it. A batch
-        holds at least V different documents.
+      shards: virtual shards, V; it divides `rows`, and every number of processes the run shall have divides it. A
+        batch comes from V places of the order: the more, the better mixed.
       own: the shards read here; all by default.
       seed: decides the order of documents and of sources.
       split: which documents: all but the held-out ones, or those.

@@ -106,7 +106,7 @@ class Orders:
         with self._lock:
             if epoch not in self._kept:
                 hashes = hash_numbers(make_key(self._key, epoch), self._numbers)
-                self._kept[epoch] = np.argsort(hashes, kind="stable").astype(self._numbers.dtype)
+                self._kept[epoch] = np.argsort(hashes).astype(self._numbers.dtype)  # no two hashes are equal
             self._kept.move_to_end(epoch)
             while len(self._kept) > _EPOCHS:
                 self._kept.popitem(last=False)

@@ -13,7 +13,7 @@ def make_key(*words: int) -> int:
 
 
 def hash_numbers(key: int, numbers: np.ndarray) -> np.ndarray:
-    """uint64, well mixed, for each number (steps and finaliser of splitmix64, Steele et al. 2014)."""
+    """uint64, well mixed, other for every number (steps and finaliser of splitmix64, Steele et al. 2014)."""
     x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

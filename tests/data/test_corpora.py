@@ -122,6 +122,13 @@ def test_columns_that_are_not_what_was_asked_for_are_refused_at_once(tmp_path, t
         open_tokens([str(tmp_path / "a.txt")])
 
 
+def test_a_readme_beside_the_tables_is_not_trained_on(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", "text", TEXTS)
+    (tmp_path / "README.md").write_text("# A dataset")
+    with pytest.raises(ValueError, match=r"plain text \(README\.md\) beside tables \(a\.jsonl\)"):
+        open_texts([str(tmp_path)], tokenizer, vocab_size=VOCAB)
+
+
 def test_a_tokenizer_or_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS)
     with pytest.raises(ValueError, match="makes ids up to 296, the model has rows for 296"):
