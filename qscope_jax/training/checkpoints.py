@@ -14,16 +14,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from qscope_jax.files.differences import differences
 from qscope_jax.mesh import on_first_process
 from qscope_jax.training.agreement import agreed, everywhere, from_first_process
 from qscope_jax.training.checkpoint_folder import COMMITTED, CheckpointError, open_folder
 from qscope_jax.training.checksums import checksums
-
-# Errors that say nothing about the checkpoint itself.
-_ENVIRONMENT = (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
+from qscope_jax.training.damage import first_cause, said, tried
+from qscope_jax.training.orbax_files import load_arrays, load_record, start_saving
 
 
 class Restored(NamedTuple):
@@ -106,8 +104,7 @@ class Checkpoints:
         }
         record = {"step": step, "facts": facts, "arrays": about}
         record["sha256"] = _digest(record)
-        with self._context():
-            response = ocp.save_checkpointables_async(self._folder.at(step), {"arrays": named, "record": record})
+        response = start_saving(self._folder.at(step), named, record, rename=self._folder.renames)
         self._pending = step, self._writer.submit(self._complete, response)
 
     def wait(self) -> None:
@@ -126,7 +123,7 @@ class Checkpoints:
                 raise error
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._folder.path} and does not count as "
-                f"saved (whole ones: {self.steps() or 'none'}): {_said(error)}"
+                f"saved (whole ones: {self.steps() or 'none'}): {said(first_cause(error))}"
             ) from error
 
     def facts(self, step: int | None = None) -> dict[str, Any] | None:
@@ -157,7 +154,7 @@ class Checkpoints:
         def read(step: int) -> tuple[dict[str, Any], dict[str, jax.Array]]:
             record = self._record(step)
             self._check_arrays(step, record["arrays"], targets)
-            return record, self._load(step, {"arrays": targets})["arrays"]
+            return record, load_arrays(self._folder.at(step), targets)
 
         found = self._newest(step, read, _changed)
         if found is None:
@@ -173,13 +170,7 @@ class Checkpoints:
         self.wait()
         damaged: dict[int, str] = {}
         for candidate in reversed(self._candidates(step)):
-            found, damage = None, ""
-            try:
-                found = read(candidate)
-            except (CheckpointError, *_ENVIRONMENT):
-                raise
-            except Exception as error:  # whatever a reader of damaged bytes can stumble over
-                damage = _said(error)
+            found, damage = tried(lambda step=candidate: read(step), passing=CheckpointError)
             if not everywhere(not damage):
                 damaged[candidate] = damage or "another process cannot read it; its own message says why"
             elif damage := changed(found):
@@ -214,7 +205,7 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         if not self._folder.committed(step):
             raise ValueError(f"{COMMITTED} is missing: the save, or a copy, was not completed")
-        record = self._load(step, {"record": None})["record"]
+        record = load_record(self._folder.at(step))
         if record.pop("sha256") != _digest(record):
             raise ValueError("the facts are not what was saved")
         return record
@@ -228,11 +219,6 @@ class Checkpoints:
                 "Continue with the configuration it was saved with, or choose another folder"
             )
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        # Alone: a process that meets damage would keep the others waiting for minutes.
-        with self._context(alone=True):
-            return ocp.load_checkpointables(self._folder.at(step), wanted)
-
     def _prepare(self, step: int) -> None:
         if not 0 <= step < 2**31:
             raise CheckpointError(f"step {step} does not lie in 0..2^31 - 1")
@@ -243,7 +229,7 @@ class Checkpoints:
             )
         self._folder.clear()
 
-    def _complete(self, response: ocp.AsyncResponse[None]) -> None:
+    def _complete(self, response: Any) -> None:
         response.result()
         if jax.process_index() > 0:
             return
@@ -254,20 +240,8 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"the newest checkpoint in {self._folder.path} is saved, but an older one cannot be deleted: "
-                f"{_said(error)}"
+                f"{said(error)}"
             ) from error
-
-    def _context(self, *, alone: bool = False) -> ocp.Context:
-        context = ocp.Context()
-        registry = ocp.handlers.local_registry()
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name="record")
-        context.checkpointables.registry = registry
-        modes = ocp.options.AtomicityMode
-        context.atomicity.mode = modes.ATOMIC_RENAME if self._folder.renames else modes.COMMIT_FILE
-        if alone:
-            context.multiprocessing.primary_host = jax.process_index()
-            context.multiprocessing.active_processes = {jax.process_index()}
-        return context
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -302,9 +276,3 @@ def _changed(found: tuple[dict[str, Any], dict[str, jax.Array]]) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _said(error: BaseException) -> str:
-    """An error in one line; those of storage libraries hold whole specifications."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + '…'}"
