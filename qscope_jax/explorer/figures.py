@@ -84,7 +84,7 @@ def _curve(axes: Axes, metrics: Metrics, name: str, title: str, colour: str, sho
 def _histograms(figure: Figure, grid: GridSpec, metrics: Metrics) -> None:
     left = min(row["density"]["edges"][0] for row in metrics.values())
     shares = {layer: _shares(row["density"]) for layer, row in metrics.items()}
-    top = 1.15 * max(float(share.max()) for share in shares.values())
+    top = max(0.01, 1.15 * max(float(share.max()) for share in shares.values()))
     for i, (layer, row) in enumerate(metrics.items()):
         axes = figure.add_subplot(grid[divmod(i, _COLUMNS)])
         edges, median = np.asarray(row["density"]["edges"]), row["density"]["median"]

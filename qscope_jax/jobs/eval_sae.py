@@ -28,6 +28,7 @@ from qscope_jax.evaluate import (
     Evaluation,
     known_thresholds,
     make_eval_step,
+    scored_tokens,
     summarize_evaluation,
 )
 from qscope_jax.explorer.figures import draw_quality

@@ -173,7 +173,7 @@ def density(quality: Quality) -> dict[str, Any]:
     """How often latents fire, log10 of the share of tokens, as a histogram of four bins to the decade.
 
     `edges` of the bins (they reach from the bin of one firing on all tokens seen to 0, which is every token), `latents`
-    in each, those that never fired in `never`; `median` over the latents that fired at all (nan if none did).
+    in each, those that never fired in `never`; `median` over the latents that fired at all (None if none did).
 
     Raises:
       ValueError: no token counted.
@@ -188,7 +188,7 @@ def density(quality: Quality) -> dict[str, Any]:
         "edges": edges.tolist(),
         "latents": np.histogram(rates, edges)[0].tolist(),
         "never": int((counts == 0).sum()),
-        "median": float(np.median(rates)) if rates.size else float("nan"),
+        "median": float(np.median(rates)) if rates.size else None,
     }
 
 
