@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from qscope_jax.data.documents import Encoder
-from qscope_jax.data.feed import DocumentSource
 from qscope_jax.data.inputs import DataFile, Format, find_files
 from qscope_jax.data.rows import RowFile, open_rows
+from qscope_jax.data.sources import DocumentSource
 from qscope_jax.data.spool import Spool, SpooledRows
 from qscope_jax.data.synthetic import SyntheticDocuments
 from qscope_jax.data.text import Corpus, Fields

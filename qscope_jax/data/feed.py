@@ -9,7 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,30 +17,12 @@ import numpy as np
 from qscope_jax.data.batches import Filled
 from qscope_jax.data.packing import Orders, Reshuffled, ShardRows, TokenRun
 from qscope_jax.data.seeding import Split, make_key, split_documents, uniform
+from qscope_jax.data.sources import ChosenDocuments, DocumentSource
 
 State = list[dict[str, Any]]
 
 _FEED = 1  # to be raised whenever the same data and settings give other rows
 _AHEAD = 2  # batches prepared while the device works
-
-
-class DocumentSource(Protocol):
-    """Documents as token ids, by number; safe to read from several threads."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-    def read(self, number: int) -> np.ndarray | str:
-        """Token ids [n], n > 0, or the reason why there are none."""
-        ...
-
-    def place(self, number: int) -> str:
-        """What messages call the document."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON-able: everything that decides what `read` gives."""
-        ...
 
 
 class Feed:
@@ -158,7 +140,7 @@ def open_feed(
     _check(rows, shards, own, row_length, threads, held_out)
     if end_token is not None and not 0 <= end_token < vocab_size:
         raise ValueError(f"end_token = {end_token}; the model has rows for ids below {vocab_size}")
-    chosen = [_Chosen(s, split_documents(len(s), split, held_out, split_seed), vocab_size) for s in sources]
+    chosen = [ChosenDocuments(s, split_documents(len(s), split, held_out, split_seed), vocab_size) for s in sources]
     for documents in chosen:
         documents.check(shards, split, held_out)
 
@@ -202,67 +184,24 @@ def own_shards(shards: int, process: int, processes: int) -> range:
     return range(process * each, (process + 1) * each)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, a readable line each; empty where equal data comes in equal order."""
-    return _differences("", json.loads(json.dumps(old)), json.loads(json.dumps(new)))
-
-
-def _differences(name: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        pairs = [(f"{name}.{key}" if name else key, old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    elif isinstance(old, list) and isinstance(new, list):
-        return [f"{name}: was {len(old)} entries, is {len(new)}"]
-    else:
-        return [] if old == new else [f"{name}: was {json.dumps(old)}, is {json.dumps(new)}"]
-    return [line for pair in pairs for line in _differences(*pair)]
-
-
-class _Chosen:
-    """The documents of a source that are in a split, a data source for grain."""
-
-    def __init__(self, source: DocumentSource, numbers: np.ndarray, vocab_size: int):
-        self.source, self._numbers, self._vocab_size = source, numbers, vocab_size
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        number = int(self._numbers[index])
-        found = self.source.read(number)
-        if isinstance(found, str):
-            return f"{self.source.place(number)}: {found}"
-        if not 0 <= found.min() <= found.max() < self._vocab_size:
-            raise ValueError(
-                f"{self.source.place(number)}: token ids from {found.min()} to {found.max()}; the model has rows for "
-                f"0..{self._vocab_size - 1}: data, tokenizer and model do not belong together"
-            )
-        return found
-
-    def check(self, shards: int, split: Split, held_out: float) -> None:
-        if len(self) < shards:
-            raise ValueError(
-                f"{self.source.name}: {len(self)} document(s) in the split {split!r} (of {len(self.source)}, "
-                f"{held_out:g} held out), but {shards} virtual shards need one each: take fewer shards, hold out "
-                "another share, or give more documents"
-            )
-
-
 class _Batches:
-    """Batches in order; shards are filled by a pool of threads, each by one at a time."""
+    """Batches in order; each of a pool of threads fills its share of the shards."""
 
     def __init__(self, shards: list[ShardRows], rows: int, length: int, threads: int):
         self.shards, self._rows, self._length = shards, rows, length
-        self.pool = ThreadPoolExecutor(min(threads, len(shards)), thread_name_prefix="feed")
+        self._threads = min(threads, len(shards))
+        self.pool = ThreadPoolExecutor(self._threads, thread_name_prefix="feed")
 
     def make(self) -> tuple[Filled, State]:
         """The next batch, and the position after it."""
-        fills = [shard.fill for shard in self.shards]
         shape = (len(self.shards), self._rows, self._length)
         tokens, segment_ids = np.empty(shape, np.int32), np.empty(shape, np.int32)
-        filling = [self.pool.submit(*each) for each in zip(fills, tokens, segment_ids, strict=True)]
+
+        def fill(first: int) -> None:
+            for i in range(first, len(self.shards), self._threads):
+                self.shards[i].fill(tokens[i], segment_ids[i])
+
+        filling = [self.pool.submit(fill, first) for first in range(self._threads)]
         wait(filling)  # before any error goes out: none may still be moving
         for future in filling:
             future.result()

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qscope_jax.data.corpora import open_sources, open_texts, open_tokens
-from qscope_jax.data.feed import differences, open_feed
+from qscope_jax.data.feed import open_feed
 from qscope_jax.data.tokenizer import load_tokenizer
+from qscope_jax.files.differences import differences
 
 TEXTS = ["the quick brown fox", "ein Hund schläft", "", "über <|endoftext|> hinaus", "  ", "über", "dog " * 50]
 VOCAB = 303
@@ -181,7 +182,7 @@ def test_the_fingerprint_changes_with_content_field_and_tokenizer(tmp_path, toke
     before = fingerprint(["one", "two"])
     assert differences(before, fingerprint(["one", "two"])) == []
     (line,) = differences(before, fingerprint(["one", "owt"]))
-    assert line.startswith("sources[0].files[0].sha256: was")
+    assert line.startswith("sources.0.files.0.sha256: was")
     assert len(differences(before, fingerprint(["one", "two"], field="body"))) == 2  # the file's content as well
     other = load_tokenizer("demo")
     path = write_jsonl(tmp_path / "a.jsonl", "text", ["one", "two"])
