@@ -127,20 +127,33 @@ def sae_gradients(
     """
     x = jnp.where(keep[:, None], x.astype(jnp.float32), 0)
     (loss, seen), gradients = jax.value_and_grad(reconstruction_loss, has_aux=True)(weights, x, keep, objective, axes)
-    used = seen.values > 0
-    number = _sum(jnp.sum(idle > objective.dead_after, dtype=jnp.float32), axes.latents)
-    aux = jnp.zeros_like(loss)  # varies along the axes that the loss does
+    report = _report(loss, seen, idle, keep, objective, axes)
     if objective.aux_k and objective.aux_weight:
         gradients, aux = jax.lax.cond(
-            number > 0,
+            report.dead > 0,
             lambda g: _add_auxiliary(g, weights, idle, x, seen.error, keep, objective, axes),
             lambda g: (g, jnp.zeros_like(loss)),
             gradients,
         )
+        report = report._replace(aux=aux, loss=loss + objective.aux_weight * aux)
+    return Learned(gradients, _fired(seen, len(idle), axes), report)
+
+
+def judge(
+    weights: Weights, idle: Int[Array, "f"], x: Float[Array, "n d"], keep: Bool[Array, "n"], objective: Objective,
+    axes: Axes = ALONE,
+) -> Report:  # fmt: skip
+    """The report of a batch that nothing is learned from, AuxK left out; arguments as for `sae_gradients`."""
+    x = jnp.where(keep[:, None], x.astype(jnp.float32), 0)
+    loss, seen = reconstruction_loss(weights, x, keep, objective, axes)
+    return _report(loss, seen, idle, keep, objective, axes)
+
+
+def _report(loss, seen: "_Seen", idle, keep, objective: Objective, axes: Axes) -> Report:
+    dead = _sum(jnp.sum(idle > objective.dead_after, dtype=jnp.float32), axes.latents) / objective.d_sae
     tokens = _sum(jnp.sum(keep, dtype=jnp.float32), axes.data)
-    l0 = _sum(jnp.sum(used, dtype=jnp.float32), axes.data) / jnp.maximum(tokens, 1)
-    report = Report(loss + objective.aux_weight * aux, seen.fvu, aux, l0, number / objective.d_sae, tokens)
-    return Learned(gradients, _fired(seen.indices, used, len(idle), axes), report)
+    l0 = _sum(jnp.sum(seen.values > 0, dtype=jnp.float32), axes.data) / jnp.maximum(tokens, 1)
+    return Report(loss, seen.fvu, jnp.zeros_like(loss), l0, dead, tokens)
 
 
 def reconstruction_loss(
@@ -196,8 +209,9 @@ def _decode(values, indices, w_dec, axes: Axes) -> jax.Array:
     return sparse_decode_shard(values, indices, w_dec, axis=axes.latents)
 
 
-def _fired(indices, used, latents: int, axes: Axes) -> jax.Array:
+def _fired(seen: _Seen, latents: int, axes: Axes) -> jax.Array:
     """[f] bool: which of this device's latents fired anywhere."""
+    indices, used = seen.indices, seen.values > 0
     local, mine = (indices, used) if axes.latents is None else own_latents(indices, latents, axes.latents)
     place = jnp.where(used & mine, local, latents)
     count = jnp.zeros(latents, jnp.int32).at[place].max(1, mode="drop")

@@ -60,11 +60,16 @@ def make_collect(config: ModelConfig, layers: Sequence[int]) -> Collect:
     return jax.jit(collect)
 
 
-def place_rows(rows: Filled, mesh: Mesh | None) -> tuple[jax.Array, ...]:
-    """A batch on its devices: this process's rows become its share of the global batch."""
+def place_rows(rows: Filled, mesh: Mesh | None, *, whole: bool = False) -> tuple[jax.Array, ...]:
+    """A batch on its devices: this process's rows become its share of the global batch.
+
+    With `whole`, every process gives the same rows, all of the batch.
+    """
     if mesh is None:
         return tuple(jnp.asarray(array) for array in rows)
     place = NamedSharding(mesh, PartitionSpec("data", None))
+    if whole:
+        return tuple(jax.make_array_from_callback(array.shape, place, array.__getitem__) for array in rows)
     return tuple(jax.make_array_from_process_local_data(place, np.asarray(array)) for array in rows)
 
 

@@ -73,23 +73,23 @@ def init_group(group: Group, norms: Norms, seed: int, *, mesh: AnyMesh | None, m
     Raises:
       MeshError: the mesh does not divide the latents, or the layers, of the group.
     """
-    count, d = norms.mean.shape
-    f = group.objective.d_sae
 
-    def weights_of(layer):
-        key = jax.random.fold_in(jax.random.key(seed), layer)
-        rows = jax.random.normal(key, (f, d), jnp.float32)
-        rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-        return Weights(rows, jnp.zeros(f), rows, jnp.zeros(d))
+    def make(norms):
+        count, d = norms.mean.shape
 
-    def make(layers, norms):
-        weights, norms = jax.vmap(weights_of)(layers), jax.tree.map(lambda a: a.astype(jnp.float32), norms)
-        none = jnp.zeros(count, jnp.int32)
-        return SaeState(weights, jax.vmap(init_adam)(weights), jnp.zeros((count, f), jnp.int32), none, none, norms)
+        def weights_of(layer):
+            key = jax.random.fold_in(jax.random.key(seed), layer)
+            rows = jax.random.normal(key, (group.objective.d_sae, d), jnp.float32)
+            rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+            return Weights(rows, jnp.zeros(group.objective.d_sae), rows, jnp.zeros(d))
 
-    layers = jnp.array(group.layers, jnp.int32)
-    places = None if mesh is None else shardings(jax.eval_shape(make, layers, norms), mesh, model_axis)
-    return jax.jit(make, out_shardings=places)(layers, norms)
+        weights = jax.vmap(weights_of)(jnp.array(group.layers, jnp.int32))
+        idle, none = jnp.zeros((count, group.objective.d_sae), jnp.int32), jnp.zeros(count, jnp.int32)
+        return SaeState(weights, jax.vmap(init_adam)(weights), idle, none, none, norms)
+
+    norms = Norms(*(np.asarray(array, np.float32) for array in norms))
+    places = None if mesh is None else shardings(jax.eval_shape(make, norms), mesh, model_axis)
+    return jax.jit(make, out_shardings=places)(norms)
 
 
 def axes_of(mesh: AnyMesh | None, model_axis: ModelAxis) -> Axes:

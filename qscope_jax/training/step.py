@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.mesh import AnyMesh
-from qscope_jax.sae.loss import Axes, Report, sae_gradients
+from qscope_jax.sae.loss import Axes, Report, judge, sae_gradients
 from qscope_jax.training.optimizer import apply_gradients
 from qscope_jax.training.state import Group, ModelAxis, SaeState, TrainState, axes_of, specs
 
@@ -51,24 +51,51 @@ def make_train_step(
     Raises:
       ValueError: a group trains a layer that is not among `layers`.
     """
+    axes = axes_of(mesh, model_axis)
+
+    def train(group: Group, sae: SaeState, step, x, mask):
+        return _train_one(group, sae, step, x, mask, axes)
+
+    return jax.jit(_over_groups(train, groups, layers, mesh, model_axis), donate_argnums=0)
+
+
+def make_judge(
+    groups: Sequence[Group], layers: Sequence[int], *, mesh: AnyMesh | None = None, model_axis: ModelAxis = "latents"
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[Report, ...]]:
+    """Jitted: (state, x [L, n, d], mask [n]) -> the report of every group on a batch that nothing is learned from.
+
+    Raises:
+      ValueError: as `make_train_step`.
+    """
+    axes = axes_of(mesh, model_axis)
+
+    def look(group: Group, sae: SaeState, step, x, mask):
+        x, keep = _prepared(sae, x, mask)
+        return sae, judge(sae.weights, sae.idle, x, keep, group.objective, axes)
+
+    over_groups = _over_groups(look, groups, layers, mesh, model_axis)
+    return jax.jit(lambda state, x, mask: over_groups(state, x, mask)[1])
+
+
+def _over_groups(one: Callable[..., Any], groups, layers, mesh: AnyMesh | None, model_axis: ModelAxis):
+    """(state, x, mask) -> (state, reports): `one`(group, sae, step, x, mask) -> (sae, report) of every SAE in turn."""
     rows = []
     for group in groups:
         if missing := sorted(set(group.layers) - set(layers)):
             raise ValueError(f"layers {missing} are to be trained but not among {tuple(layers)}, those given")
         rows.append(tuple(layers.index(layer) for layer in group.layers))
-    axes = axes_of(mesh, model_axis)
     shared = mesh is not None and model_axis == "layers"
 
     def update(state: TrainState, x: Float[Array, "L n d"], mask: Bool[Array, "n"]):
-        results = [
-            _train_group(group, saes, state.step, x, mask, jnp.array(which), axes, shared)
-            for group, saes, which in zip(groups, state.groups, rows, strict=True)
-        ]
+        results = []
+        for group, saes, which in zip(groups, state.groups, rows, strict=True):
+            own = lambda sae, x, group=group: one(group, sae, state.step, x, mask)  # noqa: E731
+            results.append(_each(own, saes, x, jnp.array(which), shared))
         saes, reports = zip(*results, strict=True)
         return TrainState(state.step + 1, tuple(saes)), tuple(reports)
 
     if mesh is None:
-        return jax.jit(update, donate_argnums=0)
+        return update
 
     def on_mesh(state: TrainState, x, mask):
         of_state = TrainState(PartitionSpec(), tuple(specs(saes, model_axis) for saes in state.groups))  # type: ignore[arg-type]
@@ -80,17 +107,20 @@ def make_train_step(
             out_specs=(of_state, of_report),
         )(state, x, mask)
 
-    return jax.jit(on_mesh, donate_argnums=0)
+    return on_mesh
 
 
-def _train_group(group: Group, saes: SaeState, step, x, mask, rows, axes: Axes, shared: bool):
-    """Every SAE of a group in turn, in place; with `shared`, those of this device."""
+def _each(function, saes: SaeState, x, rows, shared: bool):
+    """function(sae, x of its layer) -> (sae, report), for every SAE of a group in turn and in place.
+
+    With `shared`, those of this device.
+    """
     count = saes.idle.shape[0]
     first = jax.lax.axis_index("model") * count if shared else 0
 
     def one(saes: SaeState, i):
         own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), saes)
-        new, report = _train_one(group, own, step, x[rows[first + i]], mask, axes)
+        new, report = function(own, x[rows[first + i]])
         put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0)  # noqa: E731
         return jax.tree.map(put, saes, new), report
 
@@ -98,10 +128,8 @@ def _train_group(group: Group, saes: SaeState, step, x, mask, rows, axes: Axes, 
 
 
 def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[SaeState, StepReport]:
-    x = x.astype(jnp.float32)
-    keep = mask & (jnp.linalg.norm(x, axis=-1) <= sae.norms.sink)
-    keep = keep | (mask & ~jnp.isfinite(x).all(axis=-1))  # no sink: to be noticed, not left out
-    learned = sae_gradients(sae.weights, sae.idle, (x - sae.norms.mean) / sae.norms.scale, keep, group.objective, axes)
+    x, keep = _prepared(sae, x, mask)
+    learned = sae_gradients(sae.weights, sae.idle, x, keep, group.objective, axes)
     rate, report = group.schedule(step), learned.report
     weights, adam, norm = apply_gradients(sae.weights, learned.gradients, sae.adam, rate, clip=group.clip, axes=axes)
     idle = jnp.where(learned.fired, 0, jnp.minimum(sae.idle + report.tokens.astype(jnp.int32), _NEVER))
@@ -114,3 +142,11 @@ def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[
     sinks = 1 - report.tokens / jnp.maximum(real, 1)
     new = SaeState(weights, adam, idle, sae.skipped + ~sound, failing, sae.norms)
     return new, StepReport(report, norm, rate, sinks, new.skipped, failing)
+
+
+def _prepared(sae: SaeState, x, mask) -> tuple[jax.Array, jax.Array]:
+    """x centred and scaled, float32, and which tokens count: real ones but sinks."""
+    x = x.astype(jnp.float32)
+    # What is not finite is no sink: it is to be noticed, not left out.
+    keep = mask & ~(jnp.linalg.norm(x, axis=-1) > sae.norms.sink)
+    return (x - sae.norms.mean) / sae.norms.scale, keep

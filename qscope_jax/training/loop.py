@@ -1,0 +1,141 @@
+"""A training run in pieces: what it trains, what it carries from step to step, and how one step is made.
+
+    rows of tokens -> forward -> mixing -> one step of every SAE
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qscope_jax.backbone.weights import Backbone
+from qscope_jax.data.batches import Filled
+from qscope_jax.sae.loss import Report
+from qscope_jax.training.activations import (
+    Activations,
+    Mixer,
+    init_mixer,
+    make_collect,
+    make_exchange,
+    make_fill,
+    measure_norms,
+    place_rows,
+)
+from qscope_jax.training.state import Group, ModelAxis, Norms, TrainState, init_group
+from qscope_jax.training.step import StepReport, make_judge, make_train_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and on what shape of batches.
+
+    Attributes:
+      groups: the SAEs.
+      seed: decides what SAEs start from, and how tokens are mixed.
+      rows, row_length: of a global batch.
+      shards: virtual shards of the data.
+      buffer: how many batches the mixing buffer holds; 0: none.
+      model_axis: what lies on the mesh's axis "model".
+    """
+
+    groups: tuple[Group, ...]
+    seed: int
+    rows: int
+    row_length: int
+    shards: int
+    buffer: int = 0
+    model_axis: ModelAxis = "latents"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose outputs are needed, ascending."""
+        return tuple(sorted({layer for group in self.groups for layer in group.layers}))
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.rows * self.row_length
+
+
+class Carried(NamedTuple):
+    """What a step hands to the next one, all of it arrays: the content of a checkpoint."""
+
+    train: TrainState
+    mixer: Mixer | None
+
+
+class Trainer:
+    """The jitted pieces of a run and the backbone they read; holds nothing that a step changes."""
+
+    def __init__(self, backbone: Backbone, plan: Plan, mesh: Mesh | None = None):
+        self.backbone, self.plan, self.mesh = backbone, plan, mesh
+        self._collect = make_collect(backbone.config, plan.layers)
+        self._fill, self._exchange = make_fill(mesh), make_exchange(plan.seed, mesh)
+        self._step = make_train_step(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
+        self._judge = make_judge(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
+
+    def collect(self, rows: Filled) -> Activations:
+        """The residual streams of this process's rows of a global batch."""
+        return self._collect(self.backbone.params, *place_rows(rows, self.mesh))
+
+    def measure(self, batches: Iterable[Filled]) -> Norms:
+        """What inputs are centred, scaled and cut by, per layer of the plan; see `measure_norms`."""
+        placed = (place_rows(rows, self.mesh) for rows in batches)
+        return measure_norms(self._collect, self.backbone.params, placed)
+
+    def init(self, norms: Norms) -> Carried:
+        """Untrained SAEs and an empty buffer."""
+        plan, groups = self.plan, []
+        for group in plan.groups:
+            which = [plan.layers.index(layer) for layer in group.layers]
+            own = Norms(*(np.asarray(array)[which].astype(np.float32) for array in norms))
+            groups.append(init_group(group, own, plan.seed, mesh=self.mesh, model_axis=plan.model_axis))
+        place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=place)()
+        return Carried(TrainState(step, tuple(groups)), self._init_mixer())
+
+    def judge(self, carried: Carried, rows: Filled) -> tuple[Report, ...]:
+        """How well the SAEs do on a whole global batch that every process gives; per group, on the devices."""
+        batch = self._collect(self.backbone.params, *place_rows(rows, self.mesh, whole=True))
+        return self._judge(carried.train, *batch)
+
+    def fill(self, carried: Carried, rows: Filled, number: int) -> Carried:
+        """Puts batch `number`, of the `plan.buffer` first ones, into the buffer; trains on nothing."""
+        assert carried.mixer is not None
+        return carried._replace(mixer=self._fill(carried.mixer, self.collect(rows), np.int32(number)))
+
+    def step(self, carried: Carried, rows: Filled) -> tuple[Carried, tuple[StepReport, ...]]:
+        """Trains every SAE by one batch; the state is donated. A report per group, still on the devices."""
+        train, mixer = carried
+        batch = self.collect(rows)
+        if mixer is not None:
+            mixer, batch = self._exchange(mixer, batch, train.step)
+        train, reports = self._step(train, *batch)
+        return Carried(train, mixer), reports
+
+    def _init_mixer(self) -> Mixer | None:
+        plan = self.plan
+        if not plan.buffer:
+            return None
+        slots = plan.buffer * plan.batch_tokens // plan.shards
+        d, dtype = self.backbone.config.hidden_size, self.backbone.params["embed"].dtype
+        return init_mixer(len(plan.layers), plan.shards, slots, d, dtype, self.mesh)
+
+
+def buffer_batches(size: int | None, plan_bytes: int, rows: int) -> int:
+    """How many batches a buffer of `size` bytes holds, at `plan_bytes` each.
+
+    By default as many as make a step's tokens come from 256 rows or more, at most 8 and at most 8 GiB of them.
+
+    Raises:
+      ValueError: the size is negative.
+    """
+    if size is None:
+        return max(0, min(math.ceil(256 / rows) - 1, 8, (8 << 30) // plan_bytes))
+    if size < 0:
+        raise ValueError(f"a buffer of {size} bytes: expected at least 0")
+    return size // plan_bytes
