@@ -1,7 +1,7 @@
 """Results for a remote folder (`gs://`, `s3://`, any fsspec scheme): made in a local one, then copied file by file.
 
 A file arrives whole or not at all: object stores show one only when it is complete; elsewhere it is copied under a
-hidden name and then renamed. Nothing remote is ever deleted, and nothing local before it has arrived.
+hidden name and then renamed. A remote file is deleted only after the job deleted its local copy; local files stay.
 """
 
 import contextlib
@@ -63,7 +63,8 @@ class Outbox:
     def publish(self, last: Sequence[str] = ()) -> list[str]:
         """Copies visible files that are new or changed to the address, those named `last` after the others.
 
-        What arrived before an error stays, and the next call goes on behind it.
+        What was here and is deleted by now is then deleted there too. What arrived before an error stays, and the next
+        call goes on behind it.
 
         Raises:
             SourceError: a file did not arrive; the message names it and the local folder, which holds everything.
@@ -82,6 +83,9 @@ class Outbox:
                     "from there, or run the command again"
                 ) from error
             arrived.append(name)
+        for name in self.sent.keys() - set(names):
+            explained(self.url, lambda name=name: self._remove(name), doing="delete from")
+            del self.sent[name]
         return arrived
 
     def send(self, name: str) -> None:
@@ -97,6 +101,10 @@ class Outbox:
     def discard(self) -> None:
         """Deletes the local folder; to be called after `publish`."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(f"{self.root}/{name}")
 
     def _put(self, name: str) -> None:
         local, target = str(self.folder / name), f"{self.root}/{name}"

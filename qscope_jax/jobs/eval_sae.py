@@ -129,7 +129,7 @@ def run(config: Config) -> None:
       Interrupted: SIGTERM or SIGINT came; what was added up is put aside.
     """
     _check_numbers(config)
-    with Run("eval-sae", config, config.out) as job:
+    with Run("eval-sae", config, config.out, resumes=True) as job:
         opened = _open(config)
         say(opened.facts["note"])
         dtype = "float32" if config.precision == "parity" else "bfloat16"
@@ -143,7 +143,7 @@ def run(config: Config) -> None:
             thresholds |= measure_sinks(look, backbone.params, few, opened.text.documents(), opened.text.buckets)
         state = _fold(config, job, opened, backbone, saes, thresholds)
         metrics = summarize_evaluation(state, saes, thresholds)
-        _write(config.out, {**opened.facts, "sink_thresholds_measured_here": measured}, metrics)
+        _write(job.out, {**opened.facts, "sink_thresholds_measured_here": measured}, metrics)
         job.record(
             counts={
                 "layers": len(saes),
@@ -155,7 +155,7 @@ def run(config: Config) -> None:
             compilations=opened.step.compilations,
         )
     print_table(metrics)
-    print(f"\n{config.out / 'quality.json'} has every number, {config.out / 'quality.png'} shows them.")
+    print(f"\n{job.address}/quality.json has every number, quality.png beside it shows them.")
 
 
 def _check_numbers(config: Config) -> None:
@@ -247,7 +247,7 @@ def _fold(
     config: Config, job: Run, opened: Opened, backbone: Backbone, saes: dict[int, Sae], thresholds: dict[int, float]
 ) -> Evaluation:
     """Adds up all batches, after those that an earlier run put aside."""
-    text, step, aside = opened.text, opened.step, config.out / "partial.safetensors"
+    text, step, aside = opened.text, opened.step, job.out / "partial.safetensors"
     job.total = len(text.corpus)
     job.progress(rows=0, tokens=0)
     state, behind, seen = None, 0, 0

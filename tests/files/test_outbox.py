@@ -98,6 +98,16 @@ class TestPublish:
         box.publish()
         assert there(box) == {"a.txt": "a"}
 
+    def test_what_the_job_deletes_is_deleted_there_and_nothing_else(self, box):
+        MEMORY.pipe({f"{box.root}/partial.txt": b"p", f"{box.root}/other.txt": b"o"})
+        box.bring(["partial.txt"])
+        write(box, a_txt="a", b_txt="b")
+        box.publish()
+        for name in ("partial.txt", "a.txt"):
+            (box.folder / name).unlink()
+        assert box.publish() == []
+        assert there(box) == {"b.txt": "b", "other.txt": "o"}
+
     def test_missing_rights_are_an_error_of_their_own(self, box, monkeypatch):
         monkeypatch.setattr(type(MEMORY), "put_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
         write(box, a_txt="a")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -111,6 +112,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(release, whole, tmp_
     assert "belongs to a run with other input or options" in capsys.readouterr().err
     assert evaluate(release, tmp_path) == whole[1]
     assert not (tmp_path / "partial.safetensors").exists()
+
+
+def test_a_remote_folder_gets_the_results_and_what_is_put_aside(release, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("QSCOPE_CACHE", str(tmp_path / "cache"))
+    memory, folder = fsspec.filesystem("memory"), f"/{tmp_path.name}/out"
+    left = iter([False, False, True])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Run, "stopping", property(lambda _: next(left, True)))
+        with pytest.raises(SystemExit):
+            cli.main(command(release, f"memory:/{folder}"))
+    assert sorted(name.rsplit("/", 1)[-1] for name in memory.find(folder)) == ["manifest.json", "partial.safetensors"]
+    assert cli.main(command(release, f"memory:/{folder}")) == 0
+    assert sorted(name.rsplit("/", 1)[-1] for name in memory.find(folder)) == [
+        "manifest.json", "quality.json", "quality.png",
+    ]  # fmt: skip
+    assert json.loads(memory.cat_file(f"{folder}/quality.json"))["layers"] == whole[1]["layers"]
+    memory.rm(f"/{tmp_path.name}", recursive=True)
 
 
 def test_less_can_be_asked_for(release, whole, tmp_path):
