@@ -4,9 +4,12 @@ python scenarios.py SCENARIO FOLDER SECONDS_OF_SILENCE [COORDINATOR PROCESSES PR
 """
 
 import os
+import runpy
 import signal
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.tables import Piece
 from qscope_jax.backbone.weights import load_backbone, save_backbone
-from qscope_jax.mesh import make_mesh, start_distributed, to_host
+from qscope_jax.mesh import finish_together, make_mesh, start_distributed, to_host
 from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
 from qscope_jax.sae.model import decode, encode
+from qscope_jax.training.checkpoint_folder import open_folder
+from qscope_jax.training.checkpoints import Checkpoints
 
 MESHES = {"within": (2, 4), "across": (1, 8)}  # weights split inside each process, or over both
 
@@ -107,6 +112,48 @@ def lose_process(folder: Path) -> None:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("this one failed")
+
+
+def loop() -> SimpleNamespace:
+    """tests/training/loop.py; a script that is started by its path cannot import its neighbours."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "training" / "loop.py")))
+
+
+def checkpoints(folder: Path) -> None:
+    """Trains over both processes with checkpoints, meets faults that only one process has, and comes back."""
+    me, training, mesh = jax.process_index(), loop(), make_mesh(1, 8)
+    training.run(folder, mesh, 6)
+    outcomes = []
+    with Checkpoints(folder / "checkpoints") as kept:
+        state = training.first_state(mesh)
+        for step, facts in [(9, {"me": me}), (9 + me, {})]:
+            outcomes.append(outcome(lambda step=step, facts=facts: kept.save(step, state, facts)))
+        local = state | {"n": jnp.zeros((), jnp.int32)}
+        outcomes.append(outcome(lambda: kept.save(9, local, {})))
+    (folder / f"own{me}").mkdir()
+    outcomes.append(outcome(open_folder(folder / f"own{me}").check_shared))
+    if me == 0:  # what only process 1 reads
+        path = max((folder / "checkpoints" / "6" / "arrays" / "ocdbt.process_1" / "d").iterdir(), key=os.path.getsize)
+        os.truncate(path, os.path.getsize(path) // 3)
+    finish_together("damaged")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        final = training.run(folder, mesh, 12)
+    outcomes.append(str([str(one.message) for one in warned if "damaged" in str(one.message)]))
+    np.savez(folder / f"results{me}.npz", **training.bits(final))
+    (folder / f"outcome{me}.txt").write_text("\n".join(outcomes))
+
+
+def lose_process_saving(folder: Path) -> None:
+    """Trains over both processes; with a file `victim`, that process is killed while its second save is under way."""
+    training, victim = loop(), folder / "victim"
+
+    def on_save(step: int) -> None:
+        if step == 6 and victim.exists() and int(victim.read_text()) == jax.process_index():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    final = training.run(folder, make_mesh(1, 8), 12, rows=4096, on_save=on_save)
+    np.savez(folder / f"results{jax.process_index()}.npz", **training.bits(final))
 
 
 if __name__ == "__main__":
