@@ -3,12 +3,12 @@
     CE recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
 
 `spliced`: the layer's output is replaced by the SAE's reconstruction, `zero`: by zeros. Pads and sinks keep their own
-residual in both. The clean forward runs once per batch for all layers; each layer's two replaced forwards share one
-compiled program, whatever the layer.
+residual in both. The clean forward runs once per batch for all layers; the two replaced ones of a layer begin behind
+it, in one compiled program whatever the layer.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ from qscope_jax.sae.quality import (
     summarize,
     total_value,
 )
-from qscope_jax.splice import run_clean, run_spliced, splice
+from qscope_jax.splice import Clean, run_clean, run_spliced, splice
 
 COFIRING_LATENTS = 256
 
@@ -143,10 +143,8 @@ class EvalStep:
                 (quality, cofiring), saes[layer], clean.captured, i, device[1], sink_thresholds[layer]
             )
             if predict:
-                tap = splice(layer, self.config.num_layers, x_hat, keep)
-                spliced = self._swap(params, device, tap, clean.hidden, spliced)
-                zeros = dataclasses.replace(tap, shared=(jnp.zeros_like(x_hat), keep))
-                zeroed = self._swap(params, device, zeros, clean.hidden, zeroed)
+                swap = partial(self._swap, params, device, clean, i, layer, keep)
+                spliced, zeroed = swap(x_hat, spliced), swap(jnp.zeros_like(x_hat), zeroed)
             layers[layer] = LayerState(quality, cofiring, spliced, zeroed)
         more = (clean.sums["cross_entropy"], clean.sums["tokens"]) if predict else (0.0, 0.0)
         more = (as_total(jnp.float32(value)) for value in (*more, device[0].size))
@@ -167,9 +165,10 @@ class EvalStep:
         x_hat = measured.x_hat.reshape(captured.shape[1:])
         return (quality, update_cofiring(cofiring, measured, shape.d_sae)), x_hat, measured.keep.reshape(mask.shape)
 
-    def _run_swap(self, params, batch, tap, clean_hidden, seen: Predicted):
+    def _run_swap(self, params, batch, clean: Clean, i, layer, keep, replacement, seen: Predicted):
         self.traces.append(("swap", batch[0].shape))
-        sums = run_spliced(params, self.config, batch, tap, clean_hidden)
+        h = splice(clean.captured[i], replacement, keep)
+        sums = run_spliced(params, self.config, batch, h, layer, clean.hidden)
         return Predicted(*(add_totals(total, as_total(sums[name])) for name, total in seen._asdict().items()))
 
 
@@ -203,7 +202,7 @@ def evaluate_saes(
       batches: packed or padded, read once; on a mesh "data" divides their rows, and each process gives its own.
       sink_thresholds: the norm above which a token of a layer is a sink; by default what the SAE's config says.
       predict_tokens: cross-entropy and KL are measured on the first batches, until they have so many predicted tokens
-        (all by default, 0 leaves them out); that takes two forwards per layer.
+        (all by default, 0 leaves them out); that takes two runs of the layers behind each.
       step: a step to use again, made for the same model and layers.
 
     Raises:

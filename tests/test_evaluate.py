@@ -14,7 +14,6 @@ from qscope_jax.evaluate import evaluate_saes, make_eval_step, summarize_evaluat
 from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae, SaeConfig, SaeParams, decode, encode, init_sae
-from qscope_jax.splice import splice
 from qscope_jax.taps import Tap
 
 D, F, B, T, LAYERS = 16, 64, 8, 12, 2
@@ -232,8 +231,6 @@ def test_what_cannot_be_evaluated_is_refused(backbone, saes, what, reason):
     }.get(what, {0: saes[0]})
     with pytest.raises(ValueError, match=reason):
         evaluate_saes(backbone, chosen, [], sink_thresholds={0: 1.0} if what == "batches" else None)
-    with pytest.raises(ValueError, match=r"layers 0\.\.1"):
-        splice(2, LAYERS, jnp.zeros((B, T, D)), jnp.ones((B, T), bool))
 
 
 def test_a_model_that_overflows_is_an_error_not_a_number(backbone, saes, batches, step):

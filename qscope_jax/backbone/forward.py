@@ -125,6 +125,44 @@ def forward(
     return ForwardOutput(_logits(hidden, head, tap_ctx.mask, config, logits), hidden, captured, outs, cache)
 
 
+def forward_after(
+    params: Params,
+    config: ModelConfig,
+    h: Float[Array, "b t d"],
+    layer: int | Int[Array, ""],
+    *,
+    mask: Bool[Array, "b t"],
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> Float[Array, "b t d"]:
+    """`ForwardOutput.hidden` if the output of `layer` were `h`: only the layers behind it run, and none recompiles.
+
+    Args:
+      params: see `forward`.
+      config: see `forward`.
+      h: a residual stream [b, t, d], changed or captured.
+      layer: 0-based; it may be traced, and lies in 0..num_layers - 1.
+      mask: of the tokens that `h` belongs to.
+      segment_ids: theirs; positions are counted from both as in `forward`.
+    """
+    mesh, p = mesh_of(params["embed"]), len(config.period)
+    h = constrain(h, "batch", None, None, mesh=mesh)
+    ctx, tap_ctx, _ = make_contexts(mask, mask, None, segment_ids, None, config, h.dtype)
+    if config.hybrid:
+        h = jnp.where(ctx.sound[:, None, None], h, jnp.nan)
+    run = _Run(config, ctx, tap_ctx, None, False, mesh, _experts(params["period"], mesh))
+    nothing = (jnp.full(p, -1), ())
+
+    def run_period(period, h):
+        weights = _at(params["period"], period)
+        for slot in range(p):
+            go = lambda h, slot=slot: run.layer((h, (), (None,) * p), slot, period, weights[slot], nothing)[0][0]  # noqa: E731
+            h = go(h) if p == 1 else jax.lax.cond(period * p + slot > layer, go, lambda h: h, h)
+        return h
+
+    h = jax.lax.fori_loop((jnp.asarray(layer) + 1) // p, config.num_periods, run_period, h)
+    return rms_norm(h, params["final_norm"]["scale"], config.rms_norm_eps, zero_centred=config.hybrid)
+
+
 def check_tokens(tokens, config: ModelConfig) -> None:
     """Refuses ids that the embedding does not have: on device a negative one wraps around and others give NaN.
 

@@ -70,7 +70,7 @@ class Config:
     tokens: int | None = None
     """Stop after the batch that reaches so many tokens; by default the whole text is used."""
     predict_tokens: int = 131_072
-    """Measure cross-entropy and KL on so many tokens at least, from the first on (two forwards per layer); 0: not."""
+    """Measure cross-entropy and KL on so many tokens at least (0: not), which takes about a forward more per layer."""
     max_length: int | None = None
     """Longest row in tokens; longer documents are cut into windows. By default the model's context, at most 4096."""
     batch_tokens: int | None = None
