@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from qscope_jax.files.atomic import atomic_path
 
@@ -75,7 +75,7 @@ def _curve(axes: Axes, metrics: Metrics, name: str, title: str, colour: str, sho
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("layer", fontsize=9)
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(FixedLocator(layers) if len(layers) <= 12 else MaxNLocator(integer=True))
     if shown is not None:
         axes.yaxis.set_major_formatter(FuncFormatter(shown))
     _tidy(axes)
@@ -97,12 +97,12 @@ def _histograms(figure: Figure, grid: GridSpec, metrics: Metrics) -> None:
         axes.set_ylim(0, top)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"$10^{{{v:.0f}}}$" if v else "1"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g} %"))
         if i % _COLUMNS:
             axes.tick_params(labelleft=False)
         _tidy(axes)
     legend = "share of tokens on which a latent fires (orange: median); height: share of all latents"
-    figure.text(0.5, 0.18 / figure.get_figheight(), legend, ha="center", fontsize=9)
+    figure.text(0.065, 0.18 / figure.get_figheight(), legend, fontsize=9)
 
 
 def _shares(density: Mapping[str, Any]) -> np.ndarray:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512  # with 248,320 ids, 0.5 GB of logits
 
 Metrics = dict[str, Float[Array, ""]]
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qscope_jax.mesh import make_mesh
 from qscope_jax.objectives.lm import cross_entropy_loss, kl_loss, next_tokens
 
 B, T, D, V = 3, 11, 6, 37
@@ -104,3 +106,29 @@ def test_the_next_token_is_a_real_one_of_the_same_document():
     targets, keep = next_tokens(tokens, mask, np.array([[0, 0, 1, 1, 1, 1]]))
     assert keep.tolist() == [[True, False, True, True, False, False]]
     assert targets[keep].tolist() == [6, 8, 9]
+
+
+def test_on_a_mesh_neither_the_head_nor_logits_travel(collectives):
+    mesh = make_mesh(2, 4)
+    place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    rng, (b, t, v) = np.random.default_rng(1), (4, 8, 64)
+    hidden, other = (rng.normal(size=(b, t, D)).astype(np.float32) for _ in range(2))
+    head = rng.normal(size=(v, D)).astype(np.float32)
+    targets, keep = rng.integers(0, v, (b, t)), rng.random((b, t)) < 0.7
+
+    def losses(hidden, other, head, targets, keep):
+        options = {"chunk_tokens": 16, "precision": "highest"}
+        entropy = cross_entropy_loss(hidden, head, targets, keep, **options)[0]
+        return entropy + kl_loss(hidden, other, head, targets, keep, **options)[0]
+
+    arrays = (
+        [place(a, "data") for a in (hidden, other)]
+        + [place(head, "model")]
+        + [place(a, "data") for a in (targets, keep)]
+    )
+    program = jax.jit(jax.value_and_grad(losses, argnums=0)).lower(*arrays).compile()
+    (loss, gradient), expected = program(*arrays), jax.value_and_grad(losses)(hidden, other, head, targets, keep)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-7)
+    moved = [size for _, sizes in collectives(program) for size in sizes]
+    assert max(moved) <= 8 * D  # a chunk's gradient per device; a shard of the head has 16 rows, logits 16 columns
