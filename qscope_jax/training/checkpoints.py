@@ -43,6 +43,9 @@ class Checkpoints:
       keep_every: steps that this divides stay for good.
       warn: is told what a person must know: that a damaged checkpoint was set aside.
 
+    Attributes:
+      newest: the step that this object saved, is saving or restored last; None before, and after a failed save.
+
     Raises:
       CheckpointError: checkpoints cannot lie in such a folder.
     """
@@ -58,6 +61,7 @@ class Checkpoints:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep = {keep} and keep_every = {keep_every} must be at least 1")
         self._folder, self._keep, self._keep_every, self._warn = open_folder(folder), keep, keep_every, warn
+        self.newest: int | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
@@ -71,7 +75,10 @@ class Checkpoints:
             self._writer.shutdown()
 
     def steps(self) -> list[int]:
-        """The steps whose save was completed, ascending; one that is still being written is not among them."""
+        """The steps whose save was completed, ascending; one that is still being written is not among them.
+
+        This is what one process sees now: what all must decide alike is decided by `newest`.
+        """
         return [step for step in self._folder.steps() if self._folder.committed(step)]
 
     def save(self, step: int, arrays: Any, facts: dict[str, Any]) -> None:
@@ -106,6 +113,7 @@ class Checkpoints:
         record["sha256"] = _digest(record)
         response = start_saving(self._folder.at(step), named, record, rename=self._folder.renames)
         self._pending = step, self._writer.submit(self._complete, response)
+        self.newest = step
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -121,6 +129,7 @@ class Checkpoints:
         if error := future.exception():
             if isinstance(error, CheckpointError):
                 raise error
+            self.newest = None
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._folder.path} and does not count as "
                 f"saved (whole ones: {self.steps() or 'none'}): {said(first_cause(error))}"
@@ -160,6 +169,7 @@ class Checkpoints:
         if found is None:
             return None
         step, (record, loaded) = found
+        self.newest = step
         leaves = [loaded[name] for name in targets]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract), leaves), record["facts"])
 

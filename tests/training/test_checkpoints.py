@@ -99,6 +99,22 @@ def in_place(monkeypatch):
     monkeypatch.setattr(module, "open_folder", lambda path: CheckpointFolder(epath.Path(path), renames=False))
 
 
+@pytest.fixture
+def big(state):
+    return jax.device_put(np.random.default_rng(0).normal(size=(512, 1024)).astype(np.float32), state.key.sharding)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow beyond 1 MB, half of what `big` takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 # What comes back.
 
 
@@ -165,6 +181,22 @@ def test_checksums_are_compiled_once_for_equal_states(tmp_path, state):
         checkpoints.save(2, scaled(state, 2), {})
         checkpoints.restore(state)
     assert _checksums._cache_size() == compiled
+
+
+def test_the_newest_step_is_known_while_it_is_being_written_and_only_then_counted(saved, state, big):
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.newest is None
+        checkpoints.restore(state)
+        assert checkpoints.newest == 20
+        checkpoints.save(30, big, {})
+        assert checkpoints.newest == 30
+        checkpoints.wait()
+        with full_disk():
+            checkpoints.save(40, big, {})
+            with pytest.raises(CheckpointError):
+                checkpoints.wait()
+        assert checkpoints.newest is None
+        assert checkpoints.steps() == [10, 20, 30]
 
 
 # What stays.
@@ -312,22 +344,6 @@ def test_what_a_killed_save_left_behind_is_no_checkpoint_and_in_nobodys_way(save
         checkpoints.save(30, state, {})
     assert sorted(path.name for path in saved.iterdir()) == ["10", "20", "30"]
     assert bits(Checkpoints(saved).restore(state).arrays) == bits(state)
-
-
-@pytest.fixture
-def big(state):
-    return jax.device_put(np.random.default_rng(0).normal(size=(512, 1024)).astype(np.float32), state.key.sharding)
-
-
-@contextlib.contextmanager
-def full_disk():
-    """No file can grow beyond 1 MB, half of what `big` takes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_an_error_at_the_next_call_and_the_step_can_be_saved_later(saved, big):
