@@ -9,7 +9,7 @@ it, in one compiled program whatever the layer.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from qscope_jax.sae.quality import (
 from qscope_jax.splice import Clean, run_clean, run_spliced, splice
 
 COFIRING_LATENTS = 256
+
+State = TypeVar("State")
 
 # What the numbers of `summarize_evaluation` mean, to be stored beside them.
 DEFINITIONS = {
@@ -112,16 +114,16 @@ class EvalStep:
     ) -> Evaluation:
         """Nothing seen yet; co-firing will be counted among the latents that fire most on this batch."""
         device = _place(batch, params)
-        captured = self._clean(params, device).captured
-        none = lambda: Predicted(as_total(jnp.zeros(())), as_total(jnp.zeros(())))  # noqa: E731
+        captured, none = self._clean(params, device).captured, as_total(jnp.zeros(()))
         states = {}
         for i, layer in enumerate(self.layers):
             sae = saes[layer]
             quality = init_quality(sae.config)
-            first = (quality, init_cofiring(jnp.arange(min(COFIRING_LATENTS, sae.config.d_sae))))
+            first = replicate((quality, init_cofiring(jnp.arange(min(COFIRING_LATENTS, sae.config.d_sae)))), params)
             (seen, _), _, _ = self._folded(first, sae, captured, i, device[1], sink_thresholds[layer])
-            states[layer] = LayerState(quality, init_cofiring(most_frequent(seen, COFIRING_LATENTS)), none(), none())
-        return Evaluation(states, *(as_total(jnp.zeros(())) for _ in range(3)))
+            cofiring = init_cofiring(most_frequent(seen, COFIRING_LATENTS))
+            states[layer] = LayerState(quality, cofiring, Predicted(none, none), Predicted(none, none))
+        return replicate(Evaluation(states, none, none, none), params)
 
     def __call__(
         self,
@@ -226,6 +228,14 @@ def evaluate_saes(
 def scored_tokens(state: Evaluation) -> float:
     """The positions that cross-entropy and KL are sums over so far; waits for the device."""
     return float(total_value(state.scored))
+
+
+def replicate(state: State, params: Params) -> State:
+    """The state on every device of the model's mesh, as a step returns it, so that the first step is as the others."""
+    place = params["embed"].sharding
+    if not isinstance(place, NamedSharding):
+        return jax.tree.map(jnp.asarray, state)
+    return jax.device_put(state, NamedSharding(place.mesh, PartitionSpec()))
 
 
 def known_thresholds(saes: Mapping[int, Sae]) -> dict[int, float]:

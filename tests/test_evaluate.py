@@ -181,7 +181,9 @@ def test_a_mesh_gives_the_numbers_of_one_device(found, backbone, batches, thresh
     mesh = make_mesh(4, 2)
     sharded = load_backbone(tiny_release / "model", dtype="float32", mesh=mesh)
     saes = load_saes(tiny_release / "sae", mesh=mesh)
-    other = evaluate_saes(sharded, saes, batches, sink_thresholds=thresholds)
+    step = make_eval_step(sharded.config, {n: sae.config for n, sae in saes.items()})
+    other = evaluate_saes(sharded, saes, batches, sink_thresholds=thresholds, step=step)
+    assert step.compilations == 3
     for layer, metrics in found.items():
         for name, value in metrics.items():
             if isinstance(value, float):

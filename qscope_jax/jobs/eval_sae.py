@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -28,6 +27,7 @@ from qscope_jax.evaluate import (
     Evaluation,
     known_thresholds,
     make_eval_step,
+    replicate,
     scored_tokens,
     summarize_evaluation,
 )
@@ -256,6 +256,7 @@ def _fold(
             state = step.start(backbone.params, saes, thresholds, batch)
             if aside.exists():
                 state, behind = _take_up(aside, state, opened.facts)
+                state = replicate(state, backbone.params)
         if number < behind:
             job.progress(rows=0, tokens=0, already=rows)
         else:
@@ -285,7 +286,7 @@ def _take_up(path: Path, state: Evaluation, facts: dict[str, Any]) -> tuple[Eval
     if file.metadata.get("run") != json.dumps(facts, sort_keys=True):
         raise ValueError(f"{path} belongs to a run with other input or options: remove it, or choose another --out")
     leaves, form = jax.tree.flatten(state)
-    return form.unflatten([jnp.asarray(file.array(str(i))) for i in range(len(leaves))]), int(file.metadata["batches"])
+    return form.unflatten([file.array(str(i)) for i in range(len(leaves))]), int(file.metadata["batches"])
 
 
 def _write(out: Path, facts: dict[str, Any], metrics: dict[int, dict[str, Any]]) -> None:
