@@ -9,7 +9,7 @@ import os
 import secrets
 
 import jax
-from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from qscope_jax.mesh import on_first_process
 from qscope_jax.training.agreement import everywhere, from_first_process
@@ -26,10 +26,10 @@ class CheckpointError(RuntimeError):
 class CheckpointFolder:
     """A folder, and whether renaming is atomic there."""
 
-    path: epath.Path
+    path: ocp.path.Path
     renames: bool
 
-    def at(self, step: int) -> epath.Path:
+    def at(self, step: int) -> ocp.path.Path:
         return self.path / str(step)
 
     def steps(self) -> list[int]:
@@ -58,7 +58,7 @@ class CheckpointFolder:
             (path / COMMITTED).unlink()
         path.rmtree()
 
-    def aside(self, step: int) -> epath.Path:
+    def aside(self, step: int) -> ocp.path.Path:
         """A free place for a damaged checkpoint."""
         names = (f"{step}.damaged{i or ''}" for i in range(1000))
         return next(path for name in names if not (path := self.path / name).exists())
@@ -84,7 +84,7 @@ class CheckpointFolder:
                 "that all share, or gs://"
             )
 
-    def _abandoned(self, path: epath.Path) -> bool:
+    def _abandoned(self, path: ocp.path.Path) -> bool:
         return not self.renames and path.name.isdecimal() and not (path / COMMITTED).exists()
 
 
@@ -100,4 +100,4 @@ def open_folder(folder: str | os.PathLike[str]) -> CheckpointFolder:
             f"{folder}: checkpoints lie on a disk that all processes share or under gs://, not {scheme}://; choose "
             "another folder for them, results may go elsewhere"
         )
-    return CheckpointFolder(epath.Path(folder if remote else os.path.abspath(folder)), renames=not remote)
+    return CheckpointFolder(ocp.path.Path(folder if remote else os.path.abspath(folder)), renames=not remote)

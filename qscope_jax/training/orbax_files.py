@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 
-def start_saving(path: epath.Path, arrays: Any, record: dict[str, Any], *, rename: bool) -> ocp.AsyncResponse[None]:
+def start_saving(path: ocp.path.Path, arrays: Any, record: dict[str, Any], *, rename: bool) -> ocp.AsyncResponse[None]:
     """Copies the arrays to the host, and returns what waits until all is written and committed.
 
     Args:
@@ -23,15 +22,15 @@ def start_saving(path: epath.Path, arrays: Any, record: dict[str, Any], *, renam
         return ocp.save_checkpointables_async(path, {"arrays": arrays, "record": record})
 
 
-def load_record(path: epath.Path) -> Any:
+def load_record(path: ocp.path.Path) -> Any:
     return _load(path, "record", None)
 
 
-def load_arrays(path: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load_arrays(path: ocp.path.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     return _load(path, "arrays", targets)
 
 
-def _load(path: epath.Path, name: str, target: Any) -> Any:
+def _load(path: ocp.path.Path, name: str, target: Any) -> Any:
     # Alone: a process that meets damage would keep the others waiting for minutes.
     context = _context()
     context.multiprocessing.primary_host = jax.process_index()

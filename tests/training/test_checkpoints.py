@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from qscope_jax.mesh import make_mesh
 from qscope_jax.training import checkpoints as module
-from qscope_jax.training.checkpoint_folder import CheckpointError, CheckpointFolder
+from qscope_jax.training.checkpoint_folder import CheckpointError, CheckpointFolder, open_folder
 from qscope_jax.training.checkpoints import Checkpoints
 
 FACTS = {"feed": [{"document": 3}, {"document": 5}], "config": {"k": 8, "lr": 1e-4, "layers": (0, 2)}}
@@ -96,7 +96,7 @@ def heard():
 @pytest.fixture
 def in_place(monkeypatch):
     """A disk on which renaming is not atomic, as under gs://."""
-    monkeypatch.setattr(module, "open_folder", lambda path: CheckpointFolder(epath.Path(path), renames=False))
+    monkeypatch.setattr(module, "open_folder", lambda path: CheckpointFolder(ocp.path.Path(path), renames=False))
 
 
 @pytest.fixture
@@ -395,6 +395,12 @@ def test_what_a_checkpoint_cannot_hold_is_refused_at_once(tmp_path, arrays, fact
 def test_places_that_cannot_hold_checkpoints_are_named(address):
     with pytest.raises(CheckpointError, match=r"under gs://, not (memory|s3)://"):
         Checkpoints(address)
+
+
+def test_a_bucket_is_opened_without_a_look_at_it():
+    folder = open_folder("gs://bucket/run/checkpoints")
+    assert (str(folder.at(3)), folder.renames) == ("gs://bucket/run/checkpoints/3", False)
+    assert open_folder("run").path.is_absolute()
 
 
 def test_where_renaming_is_not_atomic_the_last_file_decides(tmp_path, state, in_place):
