@@ -7,6 +7,7 @@ for the batches of another; they meet at the end.
 import jax
 from jax.sharding import Mesh
 
+from qscope_jax.files.source import Source
 from qscope_jax.jobs.run import say
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed
 
@@ -75,3 +76,10 @@ def local_mesh(text: str) -> Mesh | None:
     """
     data, model = parse_mesh(text)
     return None if data * model == 1 else make_mesh(data, model, devices=jax.local_devices()[: data * model])
+
+
+def model_name(model: Source) -> str:
+    """What SAEs call the backbone that they were made for: owner/name on the hub, else its folder's name."""
+    if model.kind == "demo":
+        return "qscope-demo"
+    return model.spec.removeprefix("hf://").split("@")[0] if model.kind == "hub" else model.name

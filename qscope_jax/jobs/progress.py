@@ -15,7 +15,7 @@ class Meter:
     def __init__(self, name: str, total: int | None, unit: str, begin: float):
         self.name, self.total, self.unit, self.begin = name, total, unit, begin
         self.last = time.monotonic()
-        self.done, self.amounts = 0, {}
+        self.done, self.amounts, self.note = 0, {}, ""
         self.bar = tqdm(total=total, desc=name, unit=unit, smoothing=0.1) if sys.stderr.isatty() else None
 
     def add(self, amounts: Mapping[str, int], already: int) -> None:
@@ -25,7 +25,7 @@ class Meter:
         if self.bar is not None:
             self.bar.initial += already
             self.bar.update(amounts[self.unit] + already)
-            self.bar.set_postfix_str(", ".join(self._rates()[1:]), refresh=False)
+            self.bar.set_postfix_str(", ".join(filter(None, [*self._rates()[1:], self.note])), refresh=False)
         elif time.monotonic() - self.last > _LINE_EVERY:
             self._line()
 
@@ -48,7 +48,7 @@ class Meter:
         fresh = self.amounts[self.unit]
         if self.total and fresh and self.done < self.total:
             parts.append(f"{duration((self.last - self.begin) / fresh * (self.total - self.done))} left")
-        say(" | ".join(parts))
+        say(" | ".join(filter(None, [*parts, self.note])))
 
 
 def say(text: str) -> None:

@@ -85,6 +85,7 @@ class Run:
         self._out = self._place if isinstance(self._place, Path) else None
         self._box: Outbox | None = None
         self.manifests = [manifest]  # file names; a job may add one before it ends
+        self.note = ""  # a few words that progress shows behind its rates
         self._facts: dict[str, Any] = {"command": command, "config": plain(config), "versions": versions()}
         self._started, self._stop, self._old_handlers = time.time(), threading.Event(), {}
         self._began = time.monotonic()
@@ -182,6 +183,7 @@ class Run:
             # A first call with zeros says "from here on"; without one the work began with the run.
             begin = self._began if any(amounts.values()) else time.monotonic()
             self._meter = Meter(self.command, self.total, next(iter(amounts)), begin)
+        self._meter.note = self.note
         self._meter.add(amounts, already)
 
     def _deliver(self, error: BaseException | None) -> None:

@@ -73,17 +73,21 @@ def place_rows(rows: Filled, mesh: Mesh | None, *, whole: bool = False) -> tuple
     return tuple(jax.make_array_from_process_local_data(place, np.asarray(array)) for array in rows)
 
 
-def init_mixer(layers: int, shards: int, slots: int, d: int, dtype: Any, mesh: AnyMesh | None) -> Mixer:
+def abstract_mixer(shape: tuple[int, int, int, int], dtype: Any, mesh: AnyMesh | None) -> Mixer:
+    """Shapes, dtypes and places of a buffer of shape [L, V, s, d]."""
+    x, mask = (None, None) if mesh is None else (NamedSharding(mesh, _X), NamedSharding(mesh, _MASK))
+    arrays: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=x), jax.ShapeDtypeStruct(shape[1:3], bool, sharding=mask)
+    return Mixer(*arrays)
+
+
+def init_mixer(shape: tuple[int, int, int, int], dtype: Any, mesh: AnyMesh | None) -> Mixer:
     """An empty buffer on its devices."""
-
-    def make():
-        return Mixer(jnp.zeros((layers, shards, slots, d), dtype), jnp.zeros((shards, slots), bool))
-
-    places = None if mesh is None else Mixer(NamedSharding(mesh, _X), NamedSharding(mesh, _MASK))  # type: ignore[arg-type]
-    return jax.jit(make, out_shardings=places)()
+    wanted = abstract_mixer(shape, dtype, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), wanted), out_shardings=places)()
 
 
-def make_fill(mesh: AnyMesh | None = None) -> Callable[[Mixer, Activations, jax.Array], Mixer]:
+def make_fill(mesh: AnyMesh | None = None) -> Callable[[Mixer, Activations, int], Mixer]:
     """Jitted: puts batch number i, counted from 0, into the slots that it finds empty; the buffer is donated."""
 
     def fill(mixer: Mixer, fresh: Activations, number) -> Mixer:

@@ -1,16 +1,15 @@
 """A training run in pieces: what it trains, what it carries from step to step, and how one step is made.
 
-    rows of tokens -> forward -> mixing -> one step of every SAE
+rows of tokens -> forward -> mixing -> one step of every SAE
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qscope_jax.backbone.weights import Backbone
@@ -19,6 +18,7 @@ from qscope_jax.sae.loss import Report
 from qscope_jax.training.activations import (
     Activations,
     Mixer,
+    abstract_mixer,
     init_mixer,
     make_collect,
     make_exchange,
@@ -26,7 +26,7 @@ from qscope_jax.training.activations import (
     measure_norms,
     place_rows,
 )
-from qscope_jax.training.state import Group, ModelAxis, Norms, TrainState, init_group
+from qscope_jax.training.state import Group, ModelAxis, Norms, TrainState, abstract_group, init_group
 from qscope_jax.training.step import StepReport, make_judge, make_train_step
 
 
@@ -92,11 +92,20 @@ class Trainer:
         plan, groups = self.plan, []
         for group in plan.groups:
             which = [plan.layers.index(layer) for layer in group.layers]
-            own = Norms(*(np.asarray(array)[which].astype(np.float32) for array in norms))
+            own = jax.tree.map(lambda array, which=which: array[which], norms)
             groups.append(init_group(group, own, plan.seed, mesh=self.mesh, model_axis=plan.model_axis))
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=place)()
-        return Carried(TrainState(step, tuple(groups)), self._init_mixer())
+        return Carried(TrainState(step, tuple(groups)), self._mixer(init_mixer))
+
+    def abstract(self) -> Carried:
+        """Shapes, dtypes and places of what `init` gives, to restore a checkpoint into; nothing is made."""
+        plan, d = self.plan, self.backbone.config.hidden_size
+        groups = tuple(abstract_group(group, d, mesh=self.mesh, model_axis=plan.model_axis) for group in plan.groups)
+        place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+        mixer: Any = self._mixer(abstract_mixer)
+        return Carried(TrainState(step, groups), mixer)
 
     def judge(self, carried: Carried, rows: Filled) -> tuple[Report, ...]:
         """How well the SAEs do on a whole global batch that every process gives; per group, on the devices."""
@@ -106,7 +115,7 @@ class Trainer:
     def fill(self, carried: Carried, rows: Filled, number: int) -> Carried:
         """Puts batch `number`, of the `plan.buffer` first ones, into the buffer; trains on nothing."""
         assert carried.mixer is not None
-        return carried._replace(mixer=self._fill(carried.mixer, self.collect(rows), np.int32(number)))
+        return carried._replace(mixer=self._fill(carried.mixer, self.collect(rows), number))
 
     def step(self, carried: Carried, rows: Filled) -> tuple[Carried, tuple[StepReport, ...]]:
         """Trains every SAE by one batch; the state is donated. A report per group, still on the devices."""
@@ -117,13 +126,10 @@ class Trainer:
         train, reports = self._step(train, *batch)
         return Carried(train, mixer), reports
 
-    def _init_mixer(self) -> Mixer | None:
-        plan = self.plan
-        if not plan.buffer:
-            return None
+    def _mixer(self, make: Callable[..., Mixer]) -> Mixer | None:
+        plan, d, dtype = self.plan, self.backbone.config.hidden_size, self.backbone.params["embed"].dtype
         slots = plan.buffer * plan.batch_tokens // plan.shards
-        d, dtype = self.backbone.config.hidden_size, self.backbone.params["embed"].dtype
-        return init_mixer(len(plan.layers), plan.shards, slots, d, dtype, self.mesh)
+        return make((len(plan.layers), plan.shards, slots, d), dtype, self.mesh) if plan.buffer else None
 
 
 def buffer_batches(size: int | None, plan_bytes: int, rows: int) -> int:

@@ -5,6 +5,7 @@ said here alone.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -74,22 +75,40 @@ def init_group(group: Group, norms: Norms, seed: int, *, mesh: AnyMesh | None, m
       MeshError: the mesh does not divide the latents, or the layers, of the group.
     """
 
-    def make(norms):
-        count, d = norms.mean.shape
+    norms = jax.tree.map(lambda array: np.asarray(array, np.float32), norms)
+    wanted = abstract_group(group, norms.mean.shape[1], mesh=mesh, model_axis=model_axis)
+    places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return jax.jit(partial(_fresh, group, seed), out_shardings=places)(norms)
 
-        def weights_of(layer):
-            key = jax.random.fold_in(jax.random.key(seed), layer)
-            rows = jax.random.normal(key, (group.objective.d_sae, d), jnp.float32)
-            rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-            return Weights(rows, jnp.zeros(group.objective.d_sae), rows, jnp.zeros(d))
 
-        weights = jax.vmap(weights_of)(jnp.array(group.layers, jnp.int32))
-        idle, none = jnp.zeros((count, group.objective.d_sae), jnp.int32), jnp.zeros(count, jnp.int32)
-        return SaeState(weights, jax.vmap(init_adam)(weights), idle, none, none, norms)
+def abstract_group(group: Group, d: int, *, mesh: AnyMesh | None, model_axis: ModelAxis) -> SaeState:
+    """Shapes, dtypes and places of a group's state.
 
-    norms = Norms(*(np.asarray(array, np.float32) for array in norms))
-    places = None if mesh is None else shardings(jax.eval_shape(make, norms), mesh, model_axis)
-    return jax.jit(make, out_shardings=places)(norms)
+    Raises:
+      MeshError: as `init_group`.
+    """
+    count = len(group.layers)
+    number: Any = jax.ShapeDtypeStruct((count,), jnp.float32)
+    mean: Any = jax.ShapeDtypeStruct((count, d), jnp.float32)
+    shapes = jax.eval_shape(partial(_fresh, group, 0), Norms(mean, number, number))
+    if mesh is None:
+        return shapes
+    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(put, shapes, shardings(shapes, mesh, model_axis))
+
+
+def _fresh(group: Group, seed: int, norms: Norms) -> SaeState:
+    count, d = norms.mean.shape
+    f = group.objective.d_sae
+
+    def weights_of(layer):
+        rows = jax.random.normal(jax.random.fold_in(jax.random.key(seed), layer), (f, d), jnp.float32)
+        rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+        return Weights(rows, jnp.zeros(f), rows, jnp.zeros(d))
+
+    weights = jax.vmap(weights_of)(jnp.array(group.layers, jnp.int32))
+    none = jnp.zeros(count, jnp.int32)
+    return SaeState(weights, jax.vmap(init_adam)(weights), jnp.zeros((count, f), jnp.int32), none, none, norms)
 
 
 def axes_of(mesh: AnyMesh | None, model_axis: ModelAxis) -> Axes:

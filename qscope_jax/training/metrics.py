@@ -1,0 +1,149 @@
+"""What a training run tells while it runs: metrics.jsonl, TensorBoard and wandb when asked, a trace for XProf."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from qscope_jax.files.atomic import write_text
+from qscope_jax.mesh import to_host
+from qscope_jax.sae.loss import Report
+from qscope_jax.training.loop import Plan
+from qscope_jax.training.step import StepReport
+
+Writer = Literal["tensorboard", "wandb"]
+Write = Callable[[int, dict[str, float]], None]
+
+_WARM = 10  # steps of this process before a trace begins
+
+
+class TrainLog:
+    """Reports of steps, averaged from line to line, in `folder`/metrics.jsonl. Every process calls it alike; the first
+    one writes.
+
+    Args:
+      folder: where metrics.jsonl, tensorboard/ and profile/ lie.
+      plan: what is trained.
+      writers: where metrics go besides.
+      first: the step that the run goes on from; lines behind it are dropped, as they are made again.
+      profile: how many steps to trace.
+
+    Raises:
+      ValueError: the package of a writer is not installed.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, writers: tuple[Writer, ...], *, first: int, profile: int = 0):
+        self._folder, self._plan, self._path = folder, plan, folder / "metrics.jsonl"
+        self._pending: list[tuple[StepReport, ...]] = []
+        self._writes, self._closes = list[Write](), contextlib.ExitStack()
+        self._taken, self._profile = 0, profile
+        if jax.process_index() == 0:
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= first]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            for name in writers:
+                write, close = _WRITERS[name](folder)
+                self._writes.append(write)
+                self._closes.callback(close)
+
+    def add(self, reports: tuple[StepReport, ...]) -> None:
+        """Takes the reports of a step, and waits for those of the step before: more must not be under way, since each
+        holds the residual streams of its batch."""
+        if self._pending:
+            jax.block_until_ready(self._pending[-1])
+        self._pending.append(reports)
+        self._taken += 1
+        if self._profile and self._taken == _WARM:
+            jax.profiler.start_trace(str(self._folder / "profile"))
+        if self._profile and self._taken == _WARM + self._profile:
+            self._end_trace()
+
+    def write(self, step: int, judged: tuple[Report, ...] | None = None) -> tuple[dict[str, int], str]:
+        """Writes a line; returns per SAE how many steps in a row it has skipped, and a summary for a person.
+
+        Args:
+          step: how many steps are done.
+          judged: reports on held-out text.
+        """
+        reports = jax.tree.map(lambda *leaves: np.stack([to_host(leaf) for leaf in leaves]), *self._pending)
+        self._pending.clear()
+        held_out = jax.tree.map(to_host, judged)
+        line: dict[str, Any] = {"step": step, "tokens": step * self._plan.batch_tokens}
+        failing, told = {}, []
+        for number, (group, report) in enumerate(zip(self._plan.groups, reports, strict=True)):
+            own = {str(layer): _numbers(report, i) for i, layer in enumerate(group.layers)}
+            for i, numbers in enumerate(own.values()):
+                if held_out is not None:
+                    numbers["held_out_fvu"] = _number(held_out[number].fvu[i])
+            line[group.name] = own
+            failing |= {f"{group.name} layer {n}": int(report.failing[-1, i]) for i, n in enumerate(group.layers)}
+            told.append(_told(own))
+        if jax.process_index() == 0:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            flat = {f"{g.name}/layer{n}/{k}": v for g in self._plan.groups for n, own in line[g.name].items()
+                    for k, v in own.items() if v is not None}  # fmt: skip
+            for write in self._writes:
+                write(step, flat)
+        return failing, "; ".join(told)
+
+    def close(self) -> None:
+        """Ends a trace that is under way, and what else is open."""
+        if self._profile and _WARM <= self._taken < _WARM + self._profile:
+            self._end_trace()
+        self._closes.close()
+
+    def _end_trace(self) -> None:
+        jax.block_until_ready(self._pending)
+        jax.profiler.stop_trace()
+
+
+def _numbers(report: StepReport, i: int) -> dict[str, float | None]:
+    """Means over the steps since the last line, of one SAE; `skipped` as it is now."""
+    batch = {name: _number(value[:, i].mean()) for name, value in report.batch._asdict().items()}
+    means = {name: _number(getattr(report, name)[:, i].mean()) for name in ("gradient_norm", "rate", "sinks")}
+    return batch | means | {"skipped": int(report.skipped[-1, i])}
+
+
+def _told(own: dict[str, dict[str, float | None]]) -> str:
+    fvu, dead = ([x for one in own.values() if (x := one[name]) is not None] for name in ("fvu", "dead"))
+    if not fvu or not dead:
+        return "nothing is finite"
+    return f"FVU {min(fvu):.3f} to {max(fvu):.3f}, dead {max(dead):.1%}"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _tensorboard(folder: Path) -> tuple[Write, Callable[[], None]]:
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError("--log tensorboard needs one more package: pip install 'qscope-jax[logging]'") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+
+    return write, writer.close
+
+
+def _wandb(folder: Path) -> tuple[Write, Callable[[], None]]:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError("--log wandb needs one more package: pip install 'qscope-jax[logging]'") from None
+    run = wandb.init(dir=str(folder), project="qscope-train-sae")
+    return lambda step, numbers: run.log(numbers, step=step), run.finish
+
+
+_WRITERS: dict[Writer, Callable[[Path], tuple[Write, Callable[[], None]]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
