@@ -142,7 +142,7 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints, p
     log = TrainLog(job.out, opened.plan, config.log, first=begun, profile=config.profile)
 
     def save(step: int) -> None:
-        if step not in checkpoints.steps():
+        if step != checkpoints.newest:
             checkpoints.save(step, carried, facts | {"states": from_all(feed.state())})
 
     for step in range(begun + 1, opened.steps + 1):
