@@ -114,7 +114,9 @@ class EvalStep:
     ) -> Evaluation:
         """Nothing seen yet; co-firing will be counted among the latents that fire most on this batch."""
         device = _place(batch, params)
-        captured, none = self._clean(params, device).captured, as_total(jnp.zeros(()))
+        none = as_total(jnp.zeros(()))
+        totals = replicate((none, none, none), params)
+        captured = self._clean(params, device, totals, False)[0].captured
         states = {}
         for i, layer in enumerate(self.layers):
             sae = saes[layer]
@@ -123,7 +125,7 @@ class EvalStep:
             (seen, _), _, _ = self._folded(first, sae, captured, i, device[1], sink_thresholds[layer])
             cofiring = init_cofiring(most_frequent(seen, COFIRING_LATENTS))
             states[layer] = LayerState(quality, cofiring, Predicted(none, none), Predicted(none, none))
-        return replicate(Evaluation(states, none, none, none), params)
+        return replicate(Evaluation(states, *totals), params)
 
     def __call__(
         self,
@@ -137,7 +139,7 @@ class EvalStep:
     ) -> Evaluation:
         jax.block_until_ready(state)  # one batch at a time: those waiting would each hold all layers' residuals
         device = _place(batch, params)
-        clean = self._clean(params, device)
+        clean, totals = self._clean(params, device, state[1:], predict)
         layers = {}
         for i, layer in enumerate(self.layers):
             quality, cofiring, spliced, zeroed = state.layers[layer]
@@ -145,20 +147,20 @@ class EvalStep:
                 (quality, cofiring), saes[layer], clean.captured, i, device[1], sink_thresholds[layer]
             )
             if predict:
-                swap = partial(self._swap, params, device, clean, i, layer, keep)
-                spliced, zeroed = swap(x_hat, spliced), swap(jnp.zeros_like(x_hat), zeroed)
+                swap = partial(self._swap, params, device, clean, i, layer, keep, x_hat)
+                spliced, zeroed = swap(True, spliced), swap(False, zeroed)
             layers[layer] = LayerState(quality, cofiring, spliced, zeroed)
-        more = (clean.sums["cross_entropy"], clean.sums["tokens"]) if predict else (0.0, 0.0)
-        more = (as_total(jnp.float32(value)) for value in (*more, device[0].size))
-        return Evaluation(layers, *map(add_totals, state[1:], more))
+        return Evaluation(layers, *totals)
 
     def _folded(self, state, sae: Sae, captured, i: int, mask, threshold: float):
         shape = SaeConfig(sae.config.d_model, sae.config.d_sae, sae.config.k)  # what else it knows would recompile
         return self._fold(state, sae.params, captured, i, mask, threshold, shape=shape)
 
-    def _run_clean(self, params, batch):
+    def _run_clean(self, params, batch, totals, predict):
         self.traces.append(("clean", batch[0].shape))  # Python runs only while jit traces: once per compilation
-        return run_clean(params, self.config, batch, self.layers)
+        clean = run_clean(params, self.config, batch, self.layers)
+        sums = (jnp.where(predict, clean.sums[name], 0) for name in ("cross_entropy", "tokens"))
+        return clean, tuple(map(add_totals, totals, map(as_total, (*sums, jnp.float32(batch[0].size)))))
 
     def _run_fold(self, state, params, captured, i, mask, threshold, *, shape: SaeConfig):
         self.traces.append((f"fold {shape.d_sae} {shape.k}", mask.shape))
@@ -167,9 +169,9 @@ class EvalStep:
         x_hat = measured.x_hat.reshape(captured.shape[1:])
         return (quality, update_cofiring(cofiring, measured, shape.d_sae)), x_hat, measured.keep.reshape(mask.shape)
 
-    def _run_swap(self, params, batch, clean: Clean, i, layer, keep, replacement, seen: Predicted):
+    def _run_swap(self, params, batch, clean: Clean, i, layer, keep, x_hat, through, seen: Predicted):
         self.traces.append(("swap", batch[0].shape))
-        h = splice(clean.captured[i], replacement, keep)
+        h = splice(clean.captured[i], jnp.where(through, x_hat, 0), keep)
         sums = run_spliced(params, self.config, batch, h, layer, clean.hidden)
         return Predicted(*(add_totals(total, as_total(sums[name])) for name, total in seen._asdict().items()))
 

@@ -3,6 +3,7 @@
 python scenarios.py SCENARIO FOLDER SECONDS_OF_SILENCE [COORDINATOR PROCESSES PROCESS]
 """
 
+import json
 import os
 import runpy
 import signal
@@ -19,8 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.tables import Piece
 from qscope_jax.backbone.weights import load_backbone, save_backbone
+from qscope_jax.data.batches import Filled
+from qscope_jax.evaluate import evaluate_saes
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed, to_host
-from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
+from qscope_jax.sae.formats import load_sae, load_saes, sae_sha256, save_sae
 from qscope_jax.sae.model import decode, encode
 from qscope_jax.training.checkpoint_folder import open_folder
 from qscope_jax.training.checkpoints import Checkpoints
@@ -96,6 +99,18 @@ def backbone(folder: Path) -> None:
         results |= {f"{name}.{i}": to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(gradient))}
         save_backbone(loaded, folder / name)
     np.savez(folder / f"results{jax.process_index()}.npz", **results)
+
+
+def evaluate(folder: Path) -> None:
+    """Evaluates `sae/` on `model/`; each process brings its half of the rows of every batch in `batches.npz`."""
+    mesh, me = make_mesh(4, 2), jax.process_index()
+    backbone, saes = load_backbone(folder / "model", dtype="float32", mesh=mesh), load_saes(folder / "sae", mesh=mesh)
+    arrays = np.load(folder / "batches.npz")
+    half = len(arrays["mask"][0]) // 2
+    rows = slice(me * half, (me + 1) * half)
+    batches = [Filled(*(arrays[name][i, rows] for name in Filled._fields)) for i in range(len(arrays["mask"]))]
+    found = evaluate_saes(backbone, saes, batches, sink_thresholds={0: 20.0, 1: 30.0}, predict_tokens=1)
+    (folder / f"quality{me}.json").write_text(json.dumps(found))
 
 
 def lose_process(folder: Path) -> None:
