@@ -36,7 +36,7 @@ from qscope_jax.extract import make_extract_step, measure_sinks
 from qscope_jax.files.atomic import write_json
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
-from qscope_jax.jobs.places import local_mesh, parse_mesh
+from qscope_jax.jobs.places import local_mesh, model_name, parse_mesh
 from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
 from qscope_jax.mesh import to_host
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
@@ -46,8 +46,6 @@ from qscope_jax.sae.model import Sae, SaeConfig
 _PART_ROWS, _PART_BYTES = 32_768, 4 << 20
 _MAX_LENGTH = 4096
 _BATCH_TOKENS = {True: 4096, False: 16_384}
-_EMBEDDED_MODEL = "qscope-demo"  # what the embedded SAEs call their backbone
-_ON = "evaluated on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,22 +223,18 @@ def _layers(config: Config, sae: Source) -> tuple[int, ...]:
 
 
 def _whose(model: Source, saes: Mapping[int, SaeConfig]) -> dict[str, Any]:
-    """Whether the SAEs were made for this model, by the names of both; None where theirs is not known."""
-    name = _EMBEDDED_MODEL if model.kind == "demo" else model.name
+    """Whether the SAEs were made for this model, by the last part of both names; None where theirs is not known."""
+    name, short = model_name(model), lambda full: full.rsplit("/", 1)[-1]
     made_for = sorted({sae.backbone for sae in saes.values() if sae.backbone is not None})
     if not made_for:
-        return {
-            "made_for": None,
-            "model_differs": None,
-            "note": f"which model the SAEs were made for is not known; {_ON} {name}",
-        }
-    own = {backbone.rsplit("/", 1)[-1] for backbone in made_for} == {name}
-    note = (
-        f"the SAEs were made for this model, {name}"
-        if own
-        else (f"model differs from the one the SAE was made for: made for {', '.join(made_for)}, {_ON} {name}")
-    )
-    return {"made_for": made_for, "model_differs": not own, "note": note}
+        note = f"which model the SAEs were made for is not known; evaluated on {name}"
+        return {"made_for": None, "model_differs": None, "note": note}
+    differs = set(map(short, made_for)) != {short(name)}
+    note = f"the SAEs were made for this model, {name}"
+    if differs:
+        others = ", ".join(made_for)
+        note = f"model differs from the one the SAE was made for: made for {others}, evaluated on {name}"
+    return {"made_for": made_for, "model_differs": differs, "note": note}
 
 
 def _fold(

@@ -131,6 +131,15 @@ def test_a_remote_folder_gets_the_results_and_what_is_put_aside(release, whole, 
     memory.rm(f"/{tmp_path.name}", recursive=True)
 
 
+def test_saes_that_do_not_say_what_they_were_made_for_are_evaluated_all_the_same(
+    release, whole, tiny_release, tmp_path
+):
+    found = evaluate(release, tmp_path, "--sae", str(tiny_release / "sae"))
+    assert (found["made_for"], found["model_differs"]) == (None, None)
+    assert found["note"] == "which model the SAEs were made for is not known; evaluated on Tiny"
+    assert found["layers"] == whole[1]["layers"]
+
+
 def test_less_can_be_asked_for(release, whole, tmp_path):
     found = evaluate(release, tmp_path / "few", "--tokens", "1", "--predict-tokens", "0", "--layers", "0")
     assert 0 < found["layers"]["0"]["tokens"] < whole[1]["layers"]["0"]["tokens"]
