@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params, forward
 from qscope_jax.data.batches import Filled
-from qscope_jax.mesh import AnyMesh, to_host
+from qscope_jax.data.vectors import VectorRows
+from qscope_jax.mesh import AnyMesh, MeshError, to_host
 from qscope_jax.sae.quality import sink_threshold
 from qscope_jax.training.state import Norms
 
@@ -40,7 +41,14 @@ class Mixer(NamedTuple):
 
 _SPECS: Any = Mixer(_X, _MASK), Activations(_X, _MASK)  # type: ignore[arg-type]
 
-Collect = Callable[[Params, jax.Array, jax.Array, jax.Array], Activations]
+Collect = Callable[..., Activations]
+
+
+class Stored(NamedTuple):
+    """In the place of a backbone where the residual vectors of one layer are on disk: their width and type."""
+
+    d: int
+    dtype: Any
 
 
 def make_collect(config: ModelConfig, layers: Sequence[int]) -> Collect:
@@ -60,7 +68,33 @@ def make_collect(config: ModelConfig, layers: Sequence[int]) -> Collect:
     return jax.jit(collect)
 
 
-def place_rows(rows: Filled, mesh: Mesh | None, *, whole: bool = False) -> tuple[jax.Array, ...]:
+def collect_stored(params: tuple[()], x: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Activations:
+    """The same of rows that are residual vectors already; `params` are none."""
+    del params
+    return Activations(x.reshape(1, -1, x.shape[-1]), mask.reshape(-1))
+
+
+def own_part(mesh: Mesh | None, count: int) -> range:
+    """Which of `count` rows or virtual shards, split over "data", lie on devices of this process.
+
+    They are those that it must read; where "model" goes over processes, several read the same.
+
+    Raises:
+      MeshError: they are not neighbours.
+    """
+    if mesh is None:
+        return range(count)
+    own = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    if own[-1] - own[0] >= len(own):
+        raise MeshError(
+            f"of the mesh axis 'data' this process has the places {own}, which are not neighbours; choose sizes that "
+            "keep the devices of a process together"
+        )
+    each = count // mesh.shape["data"]
+    return range(own[0] * each, (own[-1] + 1) * each)
+
+
+def place_rows(rows: Filled | VectorRows, mesh: Mesh | None, *, whole: bool = False) -> tuple[jax.Array, ...]:
     """A batch on its devices: this process's rows become its share of the global batch.
 
     With `whole`, every process gives the same rows, all of the batch.

@@ -14,11 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Filled
+from qscope_jax.data.vectors import VectorRows
 from qscope_jax.sae.loss import Report
 from qscope_jax.training.activations import (
     Activations,
+    Collect,
     Mixer,
+    Stored,
     abstract_mixer,
+    collect_stored,
     init_mixer,
     make_collect,
     make_exchange,
@@ -61,6 +65,9 @@ class Plan:
         return self.rows * self.row_length
 
 
+Rows = Filled | VectorRows
+
+
 class Carried(NamedTuple):
     """What a step hands to the next one, all of it arrays: the content of a checkpoint."""
 
@@ -69,23 +76,30 @@ class Carried(NamedTuple):
 
 
 class Trainer:
-    """The jitted pieces of a run and the backbone they read; holds nothing that a step changes."""
+    """The jitted pieces of a run and what they read: a backbone that turns rows of tokens into residual vectors, or
+    nothing, if rows are those vectors already. Holds nothing that a step changes."""
 
-    def __init__(self, backbone: Backbone, plan: Plan, mesh: Mesh | None = None):
-        self.backbone, self.plan, self.mesh = backbone, plan, mesh
-        self._collect = make_collect(backbone.config, plan.layers)
+    def __init__(self, source: Backbone | Stored, plan: Plan, mesh: Mesh | None = None):
+        self.plan, self.mesh = plan, mesh
+        if isinstance(source, Stored):
+            self._collect: Collect = jax.jit(collect_stored)
+            self._params, self._d, self._dtype = (), *source
+        else:
+            self._collect = make_collect(source.config, plan.layers)
+            self._params, self._d = source.params, source.config.hidden_size
+            self._dtype = source.params["embed"].dtype
         self._fill, self._exchange = make_fill(mesh), make_exchange(plan.seed, mesh)
         self._step = make_train_step(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
         self._judge = make_judge(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
 
-    def collect(self, rows: Filled) -> Activations:
+    def collect(self, rows: Rows) -> Activations:
         """The residual streams of this process's rows of a global batch."""
-        return self._collect(self.backbone.params, *place_rows(rows, self.mesh))
+        return self._collect(self._params, *place_rows(rows, self.mesh))
 
-    def measure(self, batches: Iterable[Filled]) -> Norms:
+    def measure(self, batches: Iterable[Rows]) -> Norms:
         """What inputs are centred, scaled and cut by, per layer of the plan; see `measure_norms`."""
         placed = (place_rows(rows, self.mesh) for rows in batches)
-        return measure_norms(self._collect, self.backbone.params, placed)
+        return measure_norms(self._collect, self._params, placed)
 
     def init(self, norms: Norms) -> Carried:
         """Untrained SAEs and an empty buffer."""
@@ -100,24 +114,24 @@ class Trainer:
 
     def abstract(self) -> Carried:
         """Shapes, dtypes and places of what `init` gives, to restore a checkpoint into; nothing is made."""
-        plan, d = self.plan, self.backbone.config.hidden_size
-        groups = tuple(abstract_group(group, d, mesh=self.mesh, model_axis=plan.model_axis) for group in plan.groups)
+        mesh, axis = self.mesh, self.plan.model_axis
+        groups = tuple(abstract_group(group, self._d, mesh=mesh, model_axis=axis) for group in self.plan.groups)
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
         mixer: Any = self._mixer(abstract_mixer)
         return Carried(TrainState(step, groups), mixer)
 
-    def judge(self, carried: Carried, rows: Filled) -> tuple[Report, ...]:
+    def judge(self, carried: Carried, rows: Rows) -> tuple[Report, ...]:
         """How well the SAEs do on a whole global batch that every process gives; per group, on the devices."""
-        batch = self._collect(self.backbone.params, *place_rows(rows, self.mesh, whole=True))
+        batch = self._collect(self._params, *place_rows(rows, self.mesh, whole=True))
         return self._judge(carried.train, *batch)
 
-    def fill(self, carried: Carried, rows: Filled, number: int) -> Carried:
+    def fill(self, carried: Carried, rows: Rows, number: int) -> Carried:
         """Puts batch `number`, of the `plan.buffer` first ones, into the buffer; trains on nothing."""
         assert carried.mixer is not None
         return carried._replace(mixer=self._fill(carried.mixer, self.collect(rows), number))
 
-    def step(self, carried: Carried, rows: Filled) -> tuple[Carried, tuple[StepReport, ...]]:
+    def step(self, carried: Carried, rows: Rows) -> tuple[Carried, tuple[StepReport, ...]]:
         """Trains every SAE by one batch; the state is donated. A report per group, still on the devices."""
         train, mixer = carried
         batch = self.collect(rows)
@@ -127,9 +141,9 @@ class Trainer:
         return Carried(train, mixer), reports
 
     def _mixer(self, make: Callable[..., Mixer]) -> Mixer | None:
-        plan, d, dtype = self.plan, self.backbone.config.hidden_size, self.backbone.params["embed"].dtype
-        slots = plan.buffer * plan.batch_tokens // plan.shards
-        return make((len(plan.layers), plan.shards, slots, d), dtype, self.mesh) if plan.buffer else None
+        plan = self.plan
+        shape = len(plan.layers), plan.shards, plan.buffer * plan.batch_tokens // plan.shards, self._d
+        return make(shape, self._dtype, self.mesh) if plan.buffer else None
 
 
 def buffer_batches(size: int | None, plan_bytes: int, rows: int) -> int:
