@@ -157,7 +157,7 @@ def make_exchange(seed: int, mesh: AnyMesh | None = None) -> Callable[..., tuple
     return jax.jit(_on_data(exchange, mesh, (*_SPECS, PartitionSpec()), _SPECS), donate_argnums=0)
 
 
-def measure_norms(collect: Collect, params: Params, batches: Iterable[tuple[jax.Array, ...]]) -> Norms:
+def measure_norms(collect: Collect, params: Params | tuple[()], batches: Iterable[tuple[jax.Array, ...]]) -> Norms:
     """Mean, scale and sink threshold of every layer, as NumPy arrays, measured over batches that are gone over twice.
 
     The scale makes |x - mean|^2 / d one on average. Sinks, above ten times the median norm, count in neither.
