@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from packing import EOT, Documents, load_documents, pack
+from residuals import ROW, residuals
 from samples import judge_samples
 from sources import LANGS
 from tokenizers import Tokenizer
 from train_backbone import BATCH_TOKENS, token_losses
-from train_saes import ROW, residuals
 
 from qscope_jax.analysis.features import auroc
 from qscope_jax.backbone.weights import Backbone, load_backbone

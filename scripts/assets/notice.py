@@ -5,13 +5,15 @@ python scripts/assets/notice.py --cache DIR
 
 import argparse
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
-import train_saes
 from sources import LANGS, SOURCES
 
-ASSETS = Path(__file__).resolve().parents[2] / "qscope_jax" / "assets"
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "qscope_jax" / "assets"
+RECIPE = ROOT / "configs" / "train-sae" / "demo.toml"
 HEAD = """# The embedded model, its SAEs and texts
 
 What stands in this folder, made by `scripts/assets/build` from the sources below. It exists so that every command
@@ -48,8 +50,9 @@ content as far as the translations reach; stories are 15 to 24 % of it.
   attention and positions kept inside each document, each ending with `<|endoftext|>`; Muon (AdamW for embeddings and
   norms), rate 4e-3, constant, then falling to zero over the last 30 % of the steps; 4,096 tokens a step; rows of 128,
   then 256, then 512 tokens. Trained on a CPU with this library.
-- SAEs: {sae_tokens:.1f} M tokens per layer of train text, Adam, rate {sae_rate}, falling to zero over the last 30 %,
-  AuxK 1/32; mean and scale folded into the biases; rounded to bfloat16 before anything was measured.
+- SAEs: `qscope train-sae` with `configs/train-sae/demo.toml`, all layers at once: {sae_tokens:.1f} M tokens of train
+  text, Adam, rate {sae_rate}, falling to zero over the last {sae_fall:.0%}, AuxK 1/32; mean and scale folded into the
+  biases; rounded to bfloat16 before anything was measured.
 
 ## Figures on held-out text
 """
@@ -108,7 +111,8 @@ def write(cache: Path) -> None:
     report = json.loads((ASSETS / "report.json").read_text(encoding="utf-8"))
     versions = json.loads((cache / "versions.json").read_text())
     corpus, tokens = report["train_tokens_in_corpus"], report["train_tokens"]
-    made = {"sae_tokens": train_saes.TOKENS / 1e6, "sae_rate": train_saes.RATE}
+    recipe = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
+    made = {"sae_tokens": recipe["tokens"] / 1e6, "sae_rate": recipe["lr"], "sae_fall": recipe["decay_share"]}
     method = METHOD.format(tokens=f"{tokens / 1e6:.1f} M", epochs=tokens / corpus, corpus=corpus, **made)
     model, sae = (json.loads((ASSETS / name / "config.json").read_text()) for name in ("model", "sae"))
     head = HEAD.format(parameters=report["parameters"], expansion=sae["d_sae"] // sae["d_model"], **model, **sae)

@@ -1,5 +1,9 @@
-"""Corpus rows -> token rows: documents end with the end token and are packed with segment ids."""
+"""Corpus rows -> token rows: documents end with the end token and are packed with segment ids.
 
+python scripts/assets/packing.py --cache DIR --split train --out FILE     writes the rows of one split, unpacked
+"""
+
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,3 +66,13 @@ def batches(documents: Documents, length: int, size: int, seed: list[int]) -> It
             chosen = order[start : start + size]
             yield rows.tokens[chosen], rows.segments[chosen]
         epoch += 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--split", choices=("train", "heldout"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args()
+    with open(chosen.cache / "corpus.jsonl", encoding="utf-8") as rows, open(chosen.out, "w", encoding="utf-8") as out:
+        out.writelines(row for row in rows if json.loads(row)["split"] == chosen.split)
