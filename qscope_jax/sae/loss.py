@@ -199,7 +199,7 @@ def _threshold(values, wanted, axes: Axes) -> jax.Array:
         higher = found | (1 << (30 - step))
         return jnp.where(_sum(jnp.sum(bits >= higher, dtype=jnp.int32), axes.data) >= wanted, higher, found)
 
-    found = jax.lax.fori_loop(0, 31, refine, jnp.zeros((), jnp.int32))
+    found = jax.lax.fori_loop(0, 31, refine, jnp.zeros_like(wanted))  # like it also in where it varies on a mesh
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
