@@ -139,7 +139,7 @@ def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[
     failing = jnp.where(sound, 0, sae.failing + 1)
     real = jnp.sum(mask, dtype=jnp.float32)
     real = real if axes.data is None else jax.lax.psum(real, axes.data)
-    sinks = 1 - report.tokens / jnp.maximum(real, 1)
+    sinks = (real - report.tokens) / jnp.maximum(real, 1)
     new = SaeState(weights, adam, idle, sae.skipped + ~sound, failing, sae.norms)
     return new, StepReport(report, norm, rate, sinks, new.skipped, failing)
 
@@ -147,6 +147,7 @@ def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[
 def _prepared(sae: SaeState, x, mask) -> tuple[jax.Array, jax.Array]:
     """x centred and scaled, float32, and which tokens count: real ones but sinks."""
     x = x.astype(jnp.float32)
-    # What is not finite is no sink: it is to be noticed, not left out.
-    keep = mask & ~(jnp.linalg.norm(x, axis=-1) > sae.norms.sink)
+    # What is not finite is no sink: it is to be noticed, not left out. A norm may overflow: that is one.
+    sink = (jnp.linalg.norm(x, axis=-1) > sae.norms.sink) & jnp.all(jnp.isfinite(x), axis=-1)
+    keep = mask & ~sink
     return (x - sae.norms.mean) / sae.norms.scale, keep
