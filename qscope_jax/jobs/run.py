@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Run:
       out: the folder of the results, local or remote; None leaves no manifest.
       total: how much `progress` will add up to in its first unit, where that is known.
       manifest: the manifest's file name, for commands of which several processes share a folder.
-      resumes: the job goes on from what its folder holds, so that all of a remote one must be copied here first.
+      resumes: names of files that the job goes on from, which are copied here first from a remote folder; or True: all.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Run:
         *,
         total: int | None = None,
         manifest: str = "manifest.json",
-        resumes: bool = False,
+        resumes: Literal[True] | tuple[str, ...] = (),
     ):
         self.command, self.total, self.resumes = command, total, resumes
         self._place = None if out is None else locate(out)
@@ -98,7 +98,7 @@ class Run:
             self._out = self._box.folder
         try:
             if self._box is not None:
-                self._box.bring(None if self.resumes else self.manifests)
+                self._box.bring(None if isinstance(self.resumes, bool) else [*self.manifests, *self.resumes])
             self._before = self._read_before()
             self._write("running")
             if self._box is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qscope_jax.backbone.config import ModelConfig
+from qscope_jax.files.outbox import locate
 from qscope_jax.jobs.places import parse_mesh
 from qscope_jax.mesh import make_mesh
+from qscope_jax.sae.card import check_license
 from qscope_jax.sae.loss import Objective
 from qscope_jax.training.loop import Plan, buffer_batches
 from qscope_jax.training.metrics import Writer
@@ -98,7 +101,8 @@ class Config:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     checkpoints: str | None = None
-    """Folder of the checkpoints, shared by all processes or gs://; by default checkpoints/ in --out."""
+    """Folder of the checkpoints, shared by all processes or gs://; by default checkpoints/ in --out. Must be given
+    where --out is remote and not gs://."""
     keep: int = 3
     """Checkpoints that stay, the newest ones."""
     log_every: int = 10
@@ -106,7 +110,7 @@ class Config:
     judge_every: int = 100
     """Steps between looks at held-out text; a multiple of --log-every."""
     eval_tokens: int = 32_768
-    """Held-out tokens that the finished SAEs are evaluated on, at most; 0: not."""
+    """Held-out tokens that the finished SAEs are evaluated on, at most, a quarter of them for cross-entropy; 0: not."""
     log: tuple[Writer, ...] = ()
     """Where metrics go besides: tensorboard, wandb."""
     profile: int = 0
@@ -124,6 +128,27 @@ class Config:
     """Column of lists of token ids, if the data is tokenised already."""
     document: Literal["line", "file"] = "line"
     """Whether each line or each file of plain text is a document."""
+
+
+def checkpoint_folder(config: Config) -> str:
+    """Where the checkpoints lie.
+
+    Raises:
+      ValueError: in --out they cannot, and no other folder is named.
+    """
+    if config.checkpoints:
+        return config.checkpoints
+    if not (shares_out(config) or config.out.startswith("gs://")):
+        raise ValueError(
+            f"--out {config.out}: checkpoints cannot lie there; name a folder for them with --checkpoints, on a disk "
+            "that all processes share or under gs://"
+        )
+    return f"{locate(config.out)}/checkpoints"
+
+
+def shares_out(config: Config) -> bool:
+    """True if all processes work in --out itself, False if each works in a folder of its own and it is remote."""
+    return isinstance(locate(config.out), Path)
 
 
 def mesh_for(config: Config) -> Mesh | None:
@@ -146,7 +171,6 @@ def plan_for(config: Config, constants: ModelConfig, mesh: Mesh | None) -> tuple
     Raises:
       ValueError: numbers that do not fit, named.
     """
-    _check_numbers(config)
     d, context = constants.hidden_size, constants.max_position_embeddings
     batch = config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"]
     length = config.row_length or min(context, 512)
@@ -197,7 +221,16 @@ def _objective(config: Config, width: int, k: int, d: int, tokens: int) -> Objec
     )
 
 
-def _check_numbers(config: Config) -> None:
+def check_options(config: Config) -> None:
+    """Refuses what is wrong whatever the model and the data.
+
+    Raises:
+      ValueError: an option that makes no sense, named.
+    """
+    check_license(config.license)
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
     for name in ("tokens", "steps", "batch_tokens", "row_length", "shards", "dead_after", "max_failing", "keep",
                  "checkpoint_every", "log_every", "judge_every"):  # fmt: skip
         if (value := getattr(config, name)) is not None and value < 1:
@@ -207,7 +240,7 @@ def _check_numbers(config: Config) -> None:
     for name in ("eval_tokens", "profile"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 0")
-    if not 0 < config.clip < math.inf:
+    if config.clip <= 0:
         raise ValueError(f"--clip {config.clip}: expected a positive number")
     if not all(0 < share < 1 for share in config.prefixes):
         raise ValueError(f"--prefixes {config.prefixes}: expected shares of the latents, between 0 and 1")

@@ -17,7 +17,7 @@ from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.data.batches import Filled
 from qscope_jax.data.corpora import open_sources
-from qscope_jax.data.feed import DocumentSource, Feed, open_feed, own_shards
+from qscope_jax.data.feed import DocumentSource, Feed, open_feed
 from qscope_jax.data.tokenizer import load_tokenizer
 from qscope_jax.evaluate import DEFINITIONS, evaluate_saes
 from qscope_jax.explorer.figures import draw_quality
@@ -26,12 +26,14 @@ from qscope_jax.files.differences import differences
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import join_processes, meet, model_name
 from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
-from qscope_jax.jobs.train_config import Config, mesh_for, plan_for
+from qscope_jax.jobs.train_config import Config, check_options, checkpoint_folder, mesh_for, plan_for, shares_out
 from qscope_jax.mesh import finish_together
 from qscope_jax.sae.card import Card, render_card
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import SaeConfig
+from qscope_jax.training.activations import own_part
 from qscope_jax.training.agreement import everywhere, from_all
+from qscope_jax.training.checkpoint_folder import open_folder
 from qscope_jax.training.checkpoints import Checkpoints
 from qscope_jax.training.export import export_group
 from qscope_jax.training.loop import Carried, Plan, Trainer
@@ -55,6 +57,14 @@ class Opened(NamedTuple):
     settings: dict[str, Any]
 
 
+class Begun(NamedTuple):
+    """What a run goes on from: the state behind `step`, and the reports that metrics.jsonl does not tell of yet."""
+
+    carried: Carried
+    step: int
+    pending: list[Any]
+
+
 class Trained(NamedTuple):
     backbone: Backbone
     carried: Carried
@@ -70,10 +80,14 @@ def run(config: Config) -> None:
     """
     process, processes = join_processes(config.coordinator, config.processes, config.process)
     manifest = "manifest.json" if process == 0 else f"manifest-{process}-of-{processes}.json"
-    with Run("train-sae", config, config.out, manifest=manifest) as job:
+    check_options(config)
+    kept = checkpoint_folder(config)
+    with Run("train-sae", config, config.out, manifest=manifest, resumes=("metrics.jsonl",)) as job:
+        if shares_out(config):
+            open_folder(job.out).check_shared()
         opened = _open(config)
-        with Checkpoints(config.checkpoints or job.out / "checkpoints", keep=config.keep, warn=say) as checkpoints:
-            trained = _train(config, job, opened, checkpoints, process, processes)
+        with Checkpoints(kept, keep=config.keep, warn=say) as checkpoints:
+            trained = _train(config, job, opened, checkpoints)
         _finish(config, job, opened, trained)
         meet()
 
@@ -121,29 +135,29 @@ def _held_out(config: Config, opened: Opened, tokens: int) -> Iterator[Filled]:
     feed.close()
 
 
-def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints, process: int, processes: int) -> Trained:
+def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints) -> Trained:
     """Trains from the newest checkpoint, or from the beginning, to the last step."""
-    own = own_shards(opened.plan.shards, process, processes)
+    own = own_part(opened.mesh, opened.plan.shards)
     feed = _feed(config, opened, own)
     facts = {"settings": opened.settings, "feed": feed.fingerprint}
     before = checkpoints.facts()
     if before is not None and (changed := differences({key: before[key] for key in facts}, facts)):
         raise ValueError(
-            f"{job.address} holds a run with other settings: {'; '.join(changed[:8])}. Give it those again, or choose "
-            "another --out"
+            f"{checkpoint_folder(config)} is of a run with other settings: {'; '.join(changed[:8])}. Give it those "
+            "again, or choose another --out"
         )
     dtype = "float32" if config.precision == "parity" else "bfloat16"
     backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh, fsdp=config.fsdp)
     trainer = Trainer(backbone, opened.plan, opened.mesh)
-    carried, begun = _begin(config, opened, trainer, checkpoints, feed, own)
+    carried, begun, pending = _begin(config, opened, trainer, checkpoints, feed, own)
     judged = list(_held_out(config, opened, 1)) if config.held_out else []
     job.total = opened.steps * opened.plan.batch_tokens
     job.progress(tokens=0, already=begun * opened.plan.batch_tokens)
-    log = TrainLog(job.out, opened.plan, config.log, first=begun, profile=config.profile)
+    log = TrainLog(job.out, opened.plan, config.log, first=begun, pending=pending, profile=config.profile)
 
     def save(step: int) -> None:
         if step != checkpoints.newest:
-            checkpoints.save(step, carried, facts | {"states": from_all(feed.state())})
+            checkpoints.save(step, carried, facts | {"states": from_all(feed.state()), "pending": log.pending()})
 
     for step in range(begun + 1, opened.steps + 1):
         carried, reports = trainer.step(carried, next(feed))
@@ -159,7 +173,7 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints, p
             save(step)
             job.publish()
         # Over processes the question is a collective that all must ask at the same step, and waits for the devices.
-        if (processes == 1 or told) and not last and not everywhere(not job.stopping):
+        if (jax.process_count() == 1 or told) and not last and not everywhere(not job.stopping):
             save(step)
             checkpoints.wait()
             raise job.interrupted(f"step {step:,} of {opened.steps:,} is saved")
@@ -170,9 +184,7 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints, p
     return Trained(backbone, carried)
 
 
-def _begin(
-    config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkpoints, feed: Feed, own: range
-) -> tuple[Carried, int]:
+def _begin(config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkpoints, feed: Feed, own: range) -> Begun:
     """The state to go on from, and the number of steps behind it."""
     if checkpoints.facts() is not None:
         shapes = trainer.abstract()
@@ -180,14 +192,14 @@ def _begin(
         assert found is not None
         feed.restore(found.facts["states"])
         say(f"train-sae: goes on from step {found.step:,}")
-        return found.arrays, found.step
+        return Begun(found.arrays, found.step, found.facts["pending"])
     first = _feed(config, opened, own)
     count = min(-(-_MEASURED // opened.plan.batch_tokens), opened.steps)
     carried = trainer.init(trainer.measure([next(first) for _ in range(count)]))
     first.close()
     for number in range(opened.plan.buffer):
         carried = trainer.fill(carried, next(feed), number)
-    return carried, 0
+    return Begun(carried, 0, [])
 
 
 def _check(failing: dict[str, int], limit: int, save: Callable[[], None]) -> None:
@@ -203,9 +215,14 @@ def _check(failing: dict[str, int], limit: int, save: Callable[[], None]) -> Non
 def _finish(config: Config, job: Run, opened: Opened, trained: Trained) -> None:
     """Writes the SAEs, evaluates the files on held-out text, and says in a card what they are."""
     groups, name = opened.plan.groups, model_name(opened.model)
-    folders = [job.out / "sae" / group.name if len(groups) > 1 else job.out / "sae" for group in groups]
+    # Processes that share no folder each write the files that they evaluate; hidden ones are not copied to --out.
+    first, shared = jax.process_index() == 0, shares_out(config)
+    base = job.out / ("sae" if first or shared else ".sae")
+    folders = [base / group.name if len(groups) > 1 else base for group in groups]
     for group, saes, folder in zip(groups, trained.carried.train.groups, folders, strict=True):
-        export_group(group, saes, folder, backbone=name, format=config.format, dtype=config.dtype)
+        export_group(
+            group, saes, folder, backbone=name, format=config.format, dtype=config.dtype, write=first or not shared
+        )
     finish_together("the SAEs are written")
     backbone = trained.backbone
     del trained  # the state needs several times the room of the SAEs
@@ -214,8 +231,11 @@ def _finish(config: Config, job: Run, opened: Opened, trained: Trained) -> None:
         quality: dict[int, dict[str, Any]] = {layer: {} for layer in group.layers}
         if config.held_out and config.eval_tokens:
             say(f"evaluating {folder.name} on held-out text")
-            quality = evaluate_saes(backbone, saes, _held_out(config, opened, config.eval_tokens))
-        if jax.process_index() == 0:
+            own = own_part(opened.mesh, opened.plan.rows)
+            batches = _held_out(config, opened, config.eval_tokens)
+            rows = (Filled(*(array[own.start : own.stop] for array in batch)) for batch in batches)
+            quality = evaluate_saes(backbone, saes, rows, predict_tokens=config.eval_tokens // 4)
+        if first:
             _describe(config, opened, group, folder, quality, saes[group.layers[0]].config)
 
 

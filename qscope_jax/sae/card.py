@@ -75,10 +75,7 @@ def render_card(card: Card) -> str:
     """
     if not card.quality:
         raise ValueError("a model card needs at least one layer; give {layer: {}} where nothing was measured")
-    if not _LICENSE.fullmatch(card.license):
-        raise ValueError(
-            f"license {card.license!r}: expected an identifier of the hub, such as 'apache-2.0', 'cc-by-4.0' or 'other'"
-        )
+    check_license(card.license)
     parts = [
         _front_matter(card),
         f"# {_plain(card.title)}",
@@ -90,6 +87,18 @@ def render_card(card: Card) -> str:
         _notice(card),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def check_license(license: str) -> None:
+    """Refuses what is no identifier of a licence on the hub.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not _LICENSE.fullmatch(license):
+        raise ValueError(
+            f"license {license!r}: expected an identifier of the hub, such as 'apache-2.0', 'cc-by-4.0' or 'other'"
+        )
 
 
 def _front_matter(card: Card) -> str:

@@ -18,7 +18,7 @@ COMMITTED = "commit_success.txt"  # Orbax's last file, in every kind of place
 _LEFT_BEHIND = (".orbax-checkpoint-tmp", ".deleted")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that could not be written, read or trusted; the message says which, why and what to do."""
 
 
@@ -80,8 +80,8 @@ class CheckpointFolder:
         on_first_process(token.unlink)
         if not seen:
             raise CheckpointError(
-                f"{self.path} is not the same folder on all {jax.process_count()} processes; checkpoints need a disk "
-                "that all share, or gs://"
+                f"{self.path} is not the same folder on all {jax.process_count()} processes; choose one on a disk that "
+                "all share, or under gs://"
             )
 
     def _abandoned(self, path: ocp.path.Path) -> bool:

@@ -14,11 +14,11 @@ from qscope_jax.training.state import Group, SaeState, folded
 
 
 def export_group(
-    group: Group, saes: SaeState, folder: Path, *, backbone: str, format: Format, dtype: str
+    group: Group, saes: SaeState, folder: Path, *, backbone: str, format: Format, dtype: str, write: bool = True
 ) -> Sequence[SaeConfig]:
     """Writes every SAE of a group into `folder`, one after the other; returns what their configs say.
 
-    A process that shares the SAEs with others must call this when they do; the first one writes.
+    A process that shares the SAEs with others must call this when they do; without `write` it leaves no files.
     """
     written = []
     norms = jax.tree.map(to_host, saes.norms)
@@ -31,7 +31,7 @@ def export_group(
             backbone=backbone, sink_threshold=round(float(norms.sink[i]), 3),
         )  # fmt: skip
         arrays: Any = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
-        if jax.process_index() == 0:
+        if write:
             save_sae(Sae(arrays, config), folder, format=format)
         written.append(config)
     return written

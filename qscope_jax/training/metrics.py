@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,25 +30,42 @@ class TrainLog:
       plan: what is trained.
       writers: where metrics go besides.
       first: the step that the run goes on from; lines behind it are dropped, as they are made again.
+      pending: what `pending` was at that step.
       profile: how many steps to trace.
 
     Raises:
       ValueError: the package of a writer is not installed.
     """
 
-    def __init__(self, folder: Path, plan: Plan, writers: tuple[Writer, ...], *, first: int, profile: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        writers: tuple[Writer, ...],
+        *,
+        first: int,
+        pending: Sequence[Sequence[Any]] = (),
+        profile: int = 0,
+    ):
         self._folder, self._plan, self._path = folder, plan, folder / "metrics.jsonl"
-        self._pending: list[tuple[StepReport, ...]] = []
+        one = StepReport(Report(*Report._fields), *StepReport._fields[1:])  # type: ignore[arg-type]
+        form = jax.tree.structure((one,) * len(plan.groups))
+        self._pending: list[tuple[StepReport, ...]] = [
+            jax.tree.unflatten(form, [np.array(leaf, np.float64) for leaf in leaves]) for leaves in pending
+        ]
         self._writes, self._closes = list[Write](), contextlib.ExitStack()
         self._taken, self._profile = 0, profile
         if jax.process_index() == 0:
-            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            write_text(self._path, "".join(_lines_until(self._path, first)))
             for name in writers:
                 write, close = _WRITERS[name](folder)
                 self._writes.append(write)
                 self._closes.callback(close)
+
+    def pending(self) -> list[list[Any]]:
+        """The reports since the last line, as JSON holds them, for a checkpoint: the next line tells of them too."""
+        leaves = lambda reports: [to_host(leaf) for leaf in jax.tree.leaves(reports)]  # noqa: E731
+        return [[[_number(x) for x in leaf] for leaf in leaves(reports)] for reports in self._pending]
 
     def add(self, reports: tuple[StepReport, ...]) -> None:
         """Takes the reports of a step, and waits for those of the step before: more must not be under way, since each
@@ -102,10 +119,21 @@ class TrainLog:
         jax.profiler.stop_trace()
 
 
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to that of a step; one that a full disk cut short is behind the last checkpoint."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    return kept
+
+
 def _numbers(report: StepReport, i: int) -> dict[str, float | None]:
     """Means over the steps since the last line, of one SAE; `skipped` as it is now."""
-    batch = {name: _number(value[:, i].mean()) for name, value in report.batch._asdict().items()}
-    means = {name: _number(getattr(report, name)[:, i].mean()) for name in ("gradient_norm", "rate", "sinks")}
+    mean = lambda values: _number(values[:, i].mean(dtype=np.float64))  # noqa: E731
+    batch = {name: mean(value) for name, value in report.batch._asdict().items()}
+    means = {name: mean(getattr(report, name)) for name in ("gradient_norm", "rate", "sinks")}
     return batch | means | {"skipped": int(report.skipped[-1, i])}
 
 
