@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from qscope_jax import cli
@@ -26,8 +27,8 @@ def train(release, out, *options):
     return cli.main(command(release, out, *options))
 
 
-def manifest(out):
-    return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+def manifest(out, name="manifest.json"):
+    return json.loads((out / name).read_text(encoding="utf-8"))
 
 
 def metrics(out):
@@ -52,3 +53,24 @@ def start(release, out, cache, *options, **environment):
     program = "import sys; from qscope_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-P", "-c", program, *command(release, out, *options)]
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Waits for its good end, and returns what it told."""
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    return told
+
+
+def until(process, ready, deadline=240):
+    """Waits until it is ready, or the process has ended."""
+    end = time.monotonic() + deadline
+    while process.poll() is None and not ready():
+        assert time.monotonic() < end, "the process neither worked nor ended"
+        time.sleep(0.005)
+
+
+def lines_of(out):
+    """Which file metrics.jsonl is, as a run that goes on writes a new one, and how many lines it has; None: none."""
+    path = out / "metrics.jsonl"
+    return (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() and path.stat().st_size else None
