@@ -240,6 +240,26 @@ def replicate(state: State, params: Params) -> State:
     return jax.device_put(state, NamedSharding(place.mesh, PartitionSpec()))
 
 
+def evaluate_vectors(sae: Sae, batches: Iterable[Sequence[jax.Array]]) -> dict[str, Any]:
+    """The metrics of `summarize_evaluation` that need no model, on residual vectors: (x [..., d], mask [...]) each.
+
+    Raises:
+      ValueError: no token counted.
+    """
+    threshold, quality, real, positions = sae.config.sink_threshold, init_quality(sae.config), 0.0, 0
+    fold = jax.jit(lambda quality, sae, x, mask: measure(quality, sae, x, mask, sink_threshold=threshold)[0])
+    for x, mask in batches:
+        quality, real, positions = fold(quality, sae, x, mask), real + float(jnp.sum(mask)), positions + mask.size
+    return {
+        **{name: _defined(value) for name, value in summarize(quality).items()},
+        "pad_fraction": 1 - real / positions if positions else None,
+        "sink_threshold": threshold,
+        **dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl", "kl_zero")),
+        "density": density(quality),
+        "decoder": decoder_statistics(sae),
+    }
+
+
 def known_thresholds(saes: Mapping[int, Sae]) -> dict[int, float]:
     """The sink thresholds that SAEs bring along, per layer."""
     return {n: sae.config.sink_threshold for n, sae in saes.items() if sae.config.sink_threshold is not None}

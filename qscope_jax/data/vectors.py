@@ -37,7 +37,7 @@ class VectorFeed:
     def __init__(
         self, files: Sequence[VectorFile], blocks: np.ndarray, rows: int, own: range, fingerprint: dict[str, Any]
     ):
-        self.fingerprint, self.d = fingerprint, files[0].vectors.shape[1]
+        self.fingerprint, self.d, self.dtype = fingerprint, files[0].vectors.shape[1], files[0].vectors.dtype
         self.documents = (len(blocks),)
         self._files, self._blocks, self._own = files, blocks, own
         self._shards, self._length, self._seed = (fingerprint[name] for name in ("shards", "row_length", "seed"))
@@ -49,7 +49,7 @@ class VectorFeed:
 
     def __next__(self) -> VectorRows:
         shape = (len(self._own) * self._rows, self._length)
-        x = np.zeros((*shape, self.d), self._files[0].vectors.dtype)
+        x = np.zeros((*shape, self.d), self.dtype)
         mask = np.zeros(shape, bool)
         places = (self._given + row for _ in self._own for row in range(self._rows))
         shards = (shard for shard in self._own for _ in range(self._rows))

@@ -31,6 +31,9 @@ class Config:
     """Files, folders, globs or addresses of JSONL, parquet or text; "demo" ships along, "synthetic" is random."""
     weights: tuple[float, ...] = ()
     """The share of each name of --data in the tokens; by default all documents are equally likely."""
+    activations: tuple[str, ...] = ()
+    """Residual vectors of one layer on disk in the place of --data: files or folders of .npy or safetensors [n, d].
+    Of --model only config.json is read then."""
     model: str = "demo"
     """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
     layers: tuple[int, ...] = ()
@@ -228,6 +231,10 @@ def check_options(config: Config) -> None:
       ValueError: an option that makes no sense, named.
     """
     check_license(config.license)
+    if config.activations and len(config.layers) != 1:
+        raise ValueError("--activations are of one layer: say which, with --layers")
+    if config.activations and (config.weights or config.token_field or config.end_token is not None):
+        raise ValueError("--activations: --weights, --token-field and --end-token are for text")
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a finite number")
