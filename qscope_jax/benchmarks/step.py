@@ -1,113 +1,110 @@
-"""One training step of a TopK SAE with sparse operations against the same step written densely.
+"""The training step of an SAE (`training.step`), all of it, over the same recipe with dense operations and autodiff.
 
-loss = |x - x_hat|^2 / |x - mean(x)|^2, the fraction of variance unexplained; then gradients of all weights, and Adam.
-Weights and moments are float32 and donated; matmuls and gathers read copies in the setting's dtype. The encoder's are
-kept as rows [f, d], the form in which its gradient comes: Adam would read six arrays against the grain otherwise.
+Both centre and scale, multiply copies in the setting's dtype, take out the decoder's parallel gradient, clip, move
+every weight by Adam, bring rows back to norm 1 and count what fired. Both leave out AuxK, which waits for dead latents.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from qscope_kernels import sparse_decode as decoding
-from qscope_kernels import topk_encode as encoding
 from qscope_kernels.cases import Case
-from qscope_kernels.dispatch import device_of
 
-from qscope_jax.benchmarks.ceilings import precision
-from qscope_jax.benchmarks.rows import Row, Setting, Work, implementations, measure
-from qscope_jax.benchmarks.sparse import matmul, random_data, to_dense
-from qscope_jax.sae.model import SaeParams
+from qscope_jax.benchmarks.ceilings import copy_bandwidth, matmul_rate, precision
+from qscope_jax.benchmarks.rows import Row, Setting, Work, measure
+from qscope_jax.benchmarks.sparse import matmul, to_dense
+from qscope_jax.sae.loss import Objective, Weights
+from qscope_jax.training.optimizer import Schedule, apply_gradients
+from qscope_jax.training.state import Group, Norms, TrainState, init_group
+from qscope_jax.training.step import make_train_step, prepared
 
-Reconstruct = Callable[[SaeParams, jax.Array, int], jax.Array]
-_OPTIMIZER = optax.adam(1e-4)
-
-
-class State(NamedTuple):
-    """Float32 weights, w_enc as [f, d], and what Adam keeps."""
-
-    params: SaeParams
-    optimizer: Any
+Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Any]]
 
 
 def bench_step(setting: Setting) -> Iterator[Row]:
-    """The dense step over the sparse one, and the sparse step over its encoder's matmul alone, with its tokens/s."""
+    """The step over its encoder's matmul alone, with tokens/s and their share of the roofline; dense over sparse.
+
+    Implementations are those that training takes by itself.
+    """
     for case in setting.cases:
-        data, row = random_data(case, setting), partial(measure, setting, case.name)
-        dense = make_training(reconstruct_dense, data, case, setting)
-        product = partial(matmul(jnp.float32), data.x, data.w_enc)
-        for encoder, decoder in _choices(setting):
-            name = f"sparse ({encoder or 'default'} encode, {decoder or 'default'} decode)"
-            reconstruct = partial(reconstruct_sparse, encoder=encoder, decoder=decoder)
-            sparse = make_training(reconstruct, data, case, setting)
-            tokens = Work(setting.tokens, "tokens/s")
-            yield from row(f"training step, {name} / encoder's matmul", sparse, product, tokens)
-            yield from row(f"training step, dense / {name}", dense, sparse, tokens)
+        row = partial(measure, setting, f"{case.name}, {setting.tokens} tokens")
+        group = group_of(case, setting)
+        x = jax.random.normal(jax.random.key(0), (1, setting.tokens, case.d), setting.dtype)
+        w_enc = jax.random.normal(jax.random.key(1), (case.d, case.f), setting.dtype)
+        work = Work(setting.tokens, "tokens/s", setting.tokens / roofline_seconds(case, setting))
+        sparse = stepping(make_train_step((group,), group.layers), group, x)
+        dense = stepping(make_dense_step(group), group, x)
+        yield from row("training step / encoder's matmul", sparse, partial(matmul(jnp.float32), x[0], w_enc), work)
+        del w_enc
+        yield from row("training step, dense / sparse", dense, sparse, work)
 
 
-def _choices(setting: Setting) -> list[tuple[str | None, str | None]]:
-    """Encoder and decoder to train with: those asked for; or what runs by itself, and kernels that do not yet."""
-    if setting.impl:
-        encoders, decoders = (implementations(setting, module._KERNELS) for module in (encoding, decoding))
-        return list(zip(encoders, decoders, strict=False))
-    platform, kernels = device_of().platform, decoding._KERNELS
-    named = [name for name, kernel in kernels.items() if kernel.platform == platform and not kernel.automatic]
-    return [(None, None), *((None, name) for name in named)]
+def group_of(case: Case, setting: Setting) -> Group:
+    """One SAE of this shape, trained as `qscope train-sae` does by default, without AuxK."""
+    contract = "exact" if setting.dtype == jnp.float32 else "fast"
+    objective = Objective(case.f, case.k, dtype=setting.dtype, contract=contract)
+    return Group((0,), objective, Schedule(1e-4, steps=1_000_000, decay=0))
 
 
-def make_training(reconstruct: Reconstruct, data: Any, case: Case, setting: Setting) -> Callable[[], jax.Array]:
-    """A function without arguments that trains by one step on the same tokens and returns the loss before it."""
-    step = make_step(reconstruct, case.k, setting.dtype)
-    held: list[State] = []
+def stepping(step: Step, group: Group, x: jax.Array) -> Callable[[], Any]:
+    """A function without arguments that trains by one step on x [1, n, d] and returns what the step reports."""
+    held: list[TrainState] = []
 
-    def call() -> jax.Array:
-        if not held:
-            held.append(init_state(data))
-        loss, held[0] = step(held[0], data.x)
-        return loss
+    def call() -> Any:
+        if not held:  # here, so that a state that does not fit into memory is a row that says so
+            d = x.shape[2]
+            norms = Norms(jnp.zeros((1, d)), jnp.ones(1), jnp.full(1, jnp.inf))
+            saes = init_group(group, norms, 0, mesh=None, model_axis="latents")
+            held.append(TrainState(jnp.zeros((), jnp.int32), (saes,)))
+        held[0], reports = step(held[0], x, jnp.ones(x.shape[1], bool))
+        return reports
 
     return call
 
 
-def make_step(reconstruct: Reconstruct, k: int, dtype: Any) -> Callable[[State, jax.Array], tuple[jax.Array, State]]:
-    """(state, x [n, d]) -> (loss, state), jitted; the state is donated."""
+def make_dense_step(group: Group) -> Step:
+    """As `make_train_step` of one SAE, with `lax.top_k`, a dense code [n, f] and its matmuls; reports the loss."""
 
-    def loss_of(params: SaeParams, x: jax.Array) -> jax.Array:
-        copies = params._replace(w_enc=params.w_enc.astype(dtype).T, w_dec=params.w_dec.astype(dtype))
-        x_hat, want = reconstruct(copies, x, k), x.astype(jnp.float32)
-        return jnp.sum((x_hat - want) ** 2) / jnp.sum((want - want.mean(0)) ** 2)
+    def update(state: TrainState, x: jax.Array, mask: jax.Array) -> tuple[TrainState, jax.Array]:
+        (saes,) = state.groups
+        sae = jax.tree.map(lambda a: a[0], saes)
+        x, keep = prepared(sae, x[0], mask)
+        derive = jax.value_and_grad(dense_loss, has_aux=True)
+        (loss, fired), gradients = derive(sae.weights, jnp.where(keep[:, None], x, 0), keep, group.objective)
+        weights, adam, _, taken = apply_gradients(
+            saes.weights, saes.adam, 0, gradients, group.schedule(state.step),
+            clip=group.clip, sound=jnp.isfinite(loss),
+        )  # fmt: skip
+        idle = jnp.where(taken, jnp.where(fired, 0, saes.idle + jnp.sum(keep, dtype=jnp.int32)), saes.idle)
+        return TrainState(state.step + 1, (saes._replace(weights=weights, adam=adam, idle=idle),)), loss
 
-    def step(state: State, x: jax.Array) -> tuple[jax.Array, State]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, x)
-        updates, optimizer = _OPTIMIZER.update(gradients, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        return loss, State(params, optimizer)
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def init_state(data: Any) -> State:
-    """Fresh float32 weights, of the values that the other operations are measured with."""
-    params = SaeParams(data.w_enc.T, data.b_enc, data.w_dec, jnp.zeros(data.x.shape[1]))
-    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), params)  # copies: they are donated
-    return State(params, _OPTIMIZER.init(params))
+    return jax.jit(update, donate_argnums=0)
 
 
-def reconstruct_sparse(
-    params: SaeParams, x: jax.Array, k: int, *, encoder: str | None = None, decoder: str | None = None
-) -> jax.Array:
-    """decode(encode(x)) with this project's operations, in the implementations named."""
-    values, indices = encoding.topk_encode(x, params.w_enc, params.b_enc, k=k, contract="fast", impl=encoder)
-    return decoding.sparse_decode(values, indices, params.w_dec, impl=decoder) + params.b_dec
+def dense_loss(weights: Weights, x: jax.Array, keep: jax.Array, objective: Objective) -> tuple[jax.Array, jax.Array]:
+    """The loss of `sae.loss` without AuxK, and which latents fired [f]."""
+    copies = jax.tree.map(lambda a: a.astype(objective.dtype), weights)
+    options: Any = {"precision": precision(objective.dtype), "preferred_element_type": jnp.float32}
+    pre = jnp.matmul(x.astype(objective.dtype), copies.w_enc.T, **options) + copies.b_enc
+    values, indices = jax.lax.top_k(pre, objective.k)
+    values = jnp.where(keep[:, None], jax.nn.relu(values), 0)
+    code = to_dense(values, indices, objective.d_sae, objective.dtype)
+    error = jnp.where(keep[:, None], x - jnp.matmul(code, copies.w_dec, **options) - weights.b_dec, 0)
+    return jnp.sum(error * error) / jnp.sum(x * x), jnp.any(code > 0, axis=0)
 
 
-def reconstruct_dense(params: SaeParams, x: jax.Array, k: int) -> jax.Array:
-    """The same with `lax.top_k`, a dense code [n, f] and two matmuls, left to autodiff."""
-    options: Any = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
-    pre = jnp.matmul(x, params.w_enc, **options) + params.b_enc
-    values, indices = jax.lax.top_k(pre, k)
-    code = to_dense(jax.nn.relu(values), indices, pre.shape[1], params.w_dec.dtype)
-    return jnp.matmul(code, params.w_dec, **options) + params.b_dec
+def roofline_seconds(case: Case, setting: Setting) -> float:
+    """What one step takes at least where nothing overlaps, by the measured ceilings of this device.
+
+    The encoder's product; the k rows of each token gone through four times (decode, gradient by the values, gradients
+    of both matrices); and of every weight the optimiser's traffic: weight and two moments read and written in float32,
+    the gradient written and read, and the narrow copy written where there is one. The form of the bound is common to
+    roofline models (Williams et al. 2009); that caches hold nothing is assumed, so that a share above 1 is possible.
+    """
+    size = setting.dtype.itemsize
+    product = 2.0 * setting.tokens * case.d * case.f / matmul_rate(setting.dtype, setting.sample)
+    gathered = 4.0 * size * setting.tokens * case.k * case.d
+    moved = (6 * 4 + 2 * 4 + (size if size < 4 else 0)) * 2.0 * case.d * case.f
+    return product + (gathered + moved) / copy_bandwidth(setting.sample)

@@ -6,12 +6,15 @@ et al. 2023; Gao et al. 2024, A.1).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+from qscope_kernels.dispatch import device_of
 
 from qscope_jax.sae.loss import ALONE, Axes, Weights
 
@@ -55,23 +58,113 @@ def init_adam(weights: Weights) -> optax.ScaleByAdamState:
     return state
 
 
+class Applied(NamedTuple):
+    """Stacks [l, ...] in which one SAE has moved, the norm of its gradient before clipping, and whether it moved."""
+
+    weights: Weights
+    adam: optax.ScaleByAdamState
+    norm: Float[Array, ""]
+    taken: Bool[Array, ""]
+
+
 def apply_gradients(
     weights: Weights,
-    gradients: Weights,
     adam: optax.ScaleByAdamState,
+    number: int | Int[Array, ""],
+    gradients: Weights,
     rate: Float[Array, ""],
     *,
     clip: float,
+    sound: Bool[Array, ""],
     axes: Axes = ALONE,
-) -> tuple[Weights, optax.ScaleByAdamState, Float[Array, ""]]:
-    """One step: new weights and moments, and the gradient's norm before it was clipped to `clip`."""
-    along = jnp.sum(gradients.w_dec * weights.w_dec, axis=-1, keepdims=True)
-    gradients = gradients._replace(w_dec=gradients.w_dec - along * weights.w_dec)
-    squares = jax.tree.map(lambda g: jnp.sum(g * g), gradients)
+) -> Applied:
+    """One step of SAE `number`, in its place; not taken where it is not `sound` or the gradient is not finite.
+
+    Args:
+      weights: of all SAEs, leaves [l, ...].
+      adam: their moments.
+      number: which of them moves.
+      gradients: its own, leaves without l.
+      rate: the learning rate.
+      clip: the largest norm of the gradient; what is longer is scaled to it.
+      sound: whether the loss is finite.
+      axes: the mesh axes, if any.
+    """
+    own = jax.lax.dynamic_index_in_dim(weights.w_dec, number, keepdims=False)
+    along = jnp.sum(gradients.w_dec * own, axis=-1, keepdims=True)
+    squares = jax.tree.map(lambda g: jnp.sum(g * g), gradients._replace(w_dec=gradients.w_dec - along * own))
     split = squares.w_enc + squares.b_enc + squares.w_dec
     norm = jnp.sqrt((split if axes.latents is None else jax.lax.psum(split, axes.latents)) + squares.b_dec)
     scale = jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    updates, adam = _ADAM.update(jax.tree.map(lambda g: scale * g, gradients), adam)  # type: ignore[assignment]
-    moved = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
-    length = jnp.linalg.norm(moved.w_dec, axis=-1, keepdims=True)
-    return moved._replace(w_dec=moved.w_dec / length), adam, norm
+    taken, counts = sound & jnp.isfinite(norm), jnp.asarray(adam.count)
+
+    def step(old: _Leaf, gradient: jax.Array, along: jax.Array | None = None) -> _Leaf:
+        if along is not None:
+            gradient = gradient - along * old.weight
+        update: Any
+        new: Any
+        update, new = _ADAM.update(scale * gradient, optax.ScaleByAdamState(counts[number], old.mu, old.nu))
+        weight = old.weight - rate * update
+        if along is not None:
+            weight = weight / jnp.linalg.norm(weight, axis=-1, keepdims=True)
+        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), _Leaf(weight, new.mu, new.nu), old)
+
+    def moved(name: str, *given: jax.Array) -> _Leaf:
+        stacks = _Leaf(*(getattr(tree, name) for tree in (weights, adam.mu, adam.nu)))
+        return _in_place(step, stacks, number, (getattr(gradients, name), *given))
+
+    leaves = [moved("w_enc"), moved("b_enc"), moved("w_dec", along), moved("b_dec")]
+    weights, mu, nu = (Weights(*parts) for parts in zip(*leaves, strict=True))
+    counts = counts.at[number].add(taken.astype(counts.dtype))
+    return Applied(weights, optax.ScaleByAdamState(counts, mu, nu), norm, taken)
+
+
+class _Leaf(NamedTuple):
+    """One leaf of the weights and its moments."""
+
+    weight: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+
+
+_CACHED = 1 << 18  # numbers of a block: with its moments and its gradient 4 MiB
+
+
+def _in_place(step: Callable[..., _Leaf], stacks: _Leaf, number, given: tuple[jax.Array, ...]) -> _Leaf:
+    """step(rows of SAE `number`, the same rows of what is given) in place, row by row independent.
+
+    On a CPU in blocks, two at least, so that passes over them run in caches. A block is read as soon as the one before
+    it is written: where one fusion reads a part of a stack and writes it, XLA for CPUs copies all of the stack.
+    """
+    rows = stacks.weight.shape[1]
+    cpu = device_of(*given).platform == "cpu"
+    size = max(1, min(rows // 2, _CACHED * rows // stacks.weight[0].size)) if cpu else rows
+
+    def read(stacks: _Leaf, begin) -> _Leaf:
+        take = lambda a: jax.lax.dynamic_slice(a, _place(a, number, begin), (1, size, *a.shape[2:]))[0]  # noqa: E731
+        return jax.tree.map(take, stacks)
+
+    def write(stacks: _Leaf, begin, new: _Leaf) -> _Leaf:
+        put = lambda a, b: jax.lax.dynamic_update_slice(a, b[None], _place(a, number, begin))  # noqa: E731
+        return jax.tree.map(put, stacks, new)
+
+    def moved(old: _Leaf, begin) -> _Leaf:
+        return step(old, *(jax.lax.dynamic_slice_in_dim(a, begin, size) for a in given))
+
+    if size == rows:
+        return write(stacks, 0, moved(read(stacks, 0), 0))
+
+    def move(i, state: tuple[_Leaf, _Leaf]) -> tuple[_Leaf, _Leaf]:
+        (stacks, old), begin = state, jnp.minimum(i * size, rows - size)
+        new = moved(old, begin)
+        if rows % size:  # the last block goes back over rows that have moved
+            fresh = begin + jnp.arange(size) >= i * size
+            new = jax.tree.map(lambda a, b: jnp.where(fresh.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+        stacks = write(stacks, begin, new)
+        return stacks, read(stacks, jnp.minimum((i + 1) * size, rows - size))
+
+    return jax.lax.fori_loop(0, -(-rows // size), move, (stacks, read(stacks, 0)))[0]
+
+
+def _place(stack: jax.Array, number, begin) -> tuple[Any, ...]:
+    return number, begin, *(0,) * (stack.ndim - 2)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.mesh import AnyMesh
-from qscope_jax.sae.loss import Axes, Report, judge, sae_gradients
+from qscope_jax.sae.loss import Axes, Report, encoder_scale, judge, sae_gradients
 from qscope_jax.training.optimizer import apply_gradients
 from qscope_jax.training.state import Group, ModelAxis, SaeState, TrainState, axes_of, specs
 
@@ -53,8 +53,8 @@ def make_train_step(
     """
     axes = axes_of(mesh, model_axis)
 
-    def train(group: Group, sae: SaeState, step, x, mask):
-        return _train_one(group, sae, step, x, mask, axes)
+    def train(group: Group, saes: SaeState, i, step, x, mask):
+        return _train_one(group, saes, i, step, x, mask, axes)
 
     return jax.jit(_over_groups(train, groups, layers, mesh, model_axis), donate_argnums=0)
 
@@ -69,16 +69,38 @@ def make_judge(
     """
     axes = axes_of(mesh, model_axis)
 
-    def look(group: Group, sae: SaeState, step, x, mask):
-        x, keep = _prepared(sae, x, mask)
-        return sae, judge(sae.weights, sae.idle, x, keep, group.objective, axes)
+    def look(group: Group, saes: SaeState, i, step, x, mask):
+        sae = jax.tree.map(lambda a: a[i], saes)
+        x, keep = prepared(sae, x, mask)
+        return saes, judge(sae.weights, sae.idle, x, keep, group.objective, axes)
 
     over_groups = _over_groups(look, groups, layers, mesh, model_axis)
     return jax.jit(lambda state, x, mask: over_groups(state, x, mask)[1])
 
 
+def make_fit(
+    groups: Sequence[Group], layers: Sequence[int], *, mesh: AnyMesh | None = None, model_axis: ModelAxis = "latents"
+) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
+    """Jitted: (untrained state, x [L, n, d], mask [n]) -> the state with encoders scaled by `encoder_scale`; donated.
+
+    Raises:
+      ValueError: as `make_train_step`.
+    """
+    axes = axes_of(mesh, model_axis)
+
+    def fit(group: Group, saes: SaeState, i, step, x, mask):
+        sae = jax.tree.map(lambda a: a[i], saes)
+        x, keep = prepared(sae, x, mask)
+        scale = encoder_scale(sae.weights, x, keep, group.objective, axes)
+        return saes._replace(weights=saes.weights._replace(w_enc=saes.weights.w_enc.at[i].multiply(scale))), scale
+
+    over_groups = _over_groups(fit, groups, layers, mesh, model_axis)
+    return jax.jit(lambda state, x, mask: over_groups(state, x, mask)[0]._replace(step=state.step), donate_argnums=0)
+
+
 def _over_groups(one: Callable[..., Any], groups, layers, mesh: AnyMesh | None, model_axis: ModelAxis):
-    """(state, x, mask) -> (state, reports): `one`(group, sae, step, x, mask) -> (sae, report) of every SAE in turn."""
+    """(state, x, mask) -> (state, reports): `one`(group, saes, i, step, x, mask) -> (saes, report) for
+    every SAE in turn."""
     rows = []
     for group in groups:
         if missing := sorted(set(group.layers) - set(layers)):
@@ -89,7 +111,7 @@ def _over_groups(one: Callable[..., Any], groups, layers, mesh: AnyMesh | None, 
     def update(state: TrainState, x: Float[Array, "L n d"], mask: Bool[Array, "n"]):
         results = []
         for group, saes, which in zip(groups, state.groups, rows, strict=True):
-            own = lambda sae, x, group=group: one(group, sae, state.step, x, mask)  # noqa: E731
+            own = lambda saes, i, x, group=group: one(group, saes, i, state.step, x, mask)  # noqa: E731
             results.append(_each(own, saes, x, jnp.array(which), shared))
         saes, reports = zip(*results, strict=True)
         return TrainState(state.step + 1, tuple(saes)), tuple(reports)
@@ -111,40 +133,39 @@ def _over_groups(one: Callable[..., Any], groups, layers, mesh: AnyMesh | None, 
 
 
 def _each(function, saes: SaeState, x, rows, shared: bool):
-    """function(sae, x of its layer) -> (sae, report), for every SAE of a group in turn and in place.
+    """function(saes, i, x of its layer) -> (saes, report), for every SAE of a group in turn and in place.
 
     With `shared`, those of this device.
     """
     count = saes.idle.shape[0]
     first = jax.lax.axis_index("model") * count if shared else 0
-
-    def one(saes: SaeState, i):
-        own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), saes)
-        new, report = function(own, x[rows[first + i]])
-        put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0)  # noqa: E731
-        return jax.tree.map(put, saes, new), report
-
-    return jax.lax.scan(one, saes, jnp.arange(count))
+    return jax.lax.scan(lambda saes, i: function(saes, i, x[rows[first + i]]), saes, jnp.arange(count))
 
 
-def _train_one(group: Group, sae: SaeState, step, x, mask, axes: Axes) -> tuple[SaeState, StepReport]:
-    x, keep = _prepared(sae, x, mask)
+def _train_one(group: Group, saes: SaeState, i, step, x, mask, axes: Axes) -> tuple[SaeState, StepReport]:
+    sae = jax.tree.map(lambda a: a[i], saes)
+    x, keep = prepared(sae, x, mask)
     learned = sae_gradients(sae.weights, sae.idle, x, keep, group.objective, axes)
     rate, report = group.schedule(step), learned.report
-    weights, adam, norm = apply_gradients(sae.weights, learned.gradients, sae.adam, rate, clip=group.clip, axes=axes)
+    weights, adam, norm, taken = apply_gradients(
+        saes.weights, saes.adam, i, learned.gradients, rate, clip=group.clip, sound=jnp.isfinite(report.loss), axes=axes
+    )
     idle = jnp.where(learned.fired, 0, jnp.minimum(sae.idle + report.tokens.astype(jnp.int32), _NEVER))
-    sound = jnp.isfinite(report.loss) & jnp.isfinite(norm)
-    pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
-    weights, adam, idle = pick(weights, sae.weights), pick(adam, sae.adam), pick(idle, sae.idle)
-    failing = jnp.where(sound, 0, sae.failing + 1)
+    counts = {
+        "idle": jnp.where(taken, idle, sae.idle),
+        "skipped": sae.skipped + ~taken,
+        "failing": jnp.where(taken, 0, sae.failing + 1),
+    }
     real = jnp.sum(mask, dtype=jnp.float32)
     real = real if axes.data is None else jax.lax.psum(real, axes.data)
     sinks = (real - report.tokens) / jnp.maximum(real, 1)
-    new = SaeState(weights, adam, idle, sae.skipped + ~sound, failing, sae.norms)
-    return new, StepReport(report, norm, rate, sinks, new.skipped, failing)
+    saes = saes._replace(
+        weights=weights, adam=adam, **{name: getattr(saes, name).at[i].set(count) for name, count in counts.items()}
+    )
+    return saes, StepReport(report, norm, rate, sinks, counts["skipped"], counts["failing"])
 
 
-def _prepared(sae: SaeState, x, mask) -> tuple[jax.Array, jax.Array]:
+def prepared(sae: SaeState, x, mask) -> tuple[jax.Array, jax.Array]:
     """x centred and scaled, float32, and which tokens count: real ones but sinks."""
     x = x.astype(jnp.float32)
     # What is not finite is no sink: it is to be noticed, not left out. A norm may overflow: that is one.

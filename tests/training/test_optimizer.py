@@ -1,16 +1,26 @@
 """Adam with a clipped gradient, unit-norm decoder rows and a schedule: equal to torch's Adam with these by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qscope_jax.sae.loss import Weights
+from qscope_jax.training import optimizer
 from qscope_jax.training.optimizer import Schedule, apply_gradients, default_rate, init_adam
 
 D, F, STEPS, CLIP = 8, 12, 5, 1.0
 RATES = (1e-2, 3e-2, 2e-2, 1e-2, 5e-3)
-step = jax.jit(apply_gradients, static_argnames=("clip", "axes"))
+
+
+@partial(jax.jit, static_argnames="clip")
+def step(weights, gradients, adam, rate, *, clip):
+    """Of one SAE, which is the second of three side by side."""
+    stacks = jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), jnp.asarray(a), jnp.ones_like(a)]), (weights, adam))
+    found = apply_gradients(*stacks, 1, gradients, rate, clip=clip, sound=jnp.array(True))
+    return *jax.tree.map(lambda a: a[1], (found.weights, found.adam)), found.norm
 
 
 def draw():
@@ -121,6 +131,24 @@ def test_a_spike_is_cut_to_the_clip_and_a_small_gradient_left_alone():
         _, adam, norm = step(weights, gradient, init_adam(weights), jnp.float32(1e-2), clip=CLIP)
         taken = np.sqrt(sum(np.square(10 * np.asarray(m, np.float64)).sum() for m in adam.mu))
         np.testing.assert_allclose(taken, norm if expected is None else expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [5 * D, 1])  # blocks of five rows and a rest of two, or of one row
+def test_an_sae_moves_in_blocks_and_in_its_place_alone(monkeypatch, numbers):
+    weights, gradients = draw()
+    expected = step(weights, gradients[0], init_adam(weights), jnp.float32(1e-2), clip=CLIP)
+    monkeypatch.setattr(optimizer, "_CACHED", numbers)
+    stacks = jax.tree.map(lambda a: jnp.stack([a + 1, a, a + 2]), (weights, init_adam(weights)))
+    for sound in (True, False):
+        found = jax.jit(apply_gradients, static_argnames="clip")(
+            *stacks, 1, gradients[0], jnp.float32(1e-2), clip=CLIP, sound=jnp.array(sound)
+        )
+        assert found.taken == sound
+        for ours, before, after in zip(
+            *map(jax.tree.leaves, ((found.weights, found.adam), stacks, expected[:2])), strict=True
+        ):
+            np.testing.assert_array_equal(ours[::2], before[::2])
+            np.testing.assert_allclose(ours[1], after if sound else before[1], rtol=1e-5, atol=1e-7)
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -14,7 +14,10 @@ def sparse_outer(
     rows = rows.astype(jnp.float32)
     values, indices = values.T.astype(jnp.float32), jnp.clip(indices.T, 0, latents - 1)
 
-    sums, amounts = jnp.zeros_like(rows, shape=(latents, rows.shape[1])), jnp.zeros_like(rows, shape=(latents,))
+    # Zeros of its own, which the compiler takes for something else: loops that begin with the same zeros, as those for
+    # both matrices would, begin by copying them.
+    zero = jnp.any(jnp.isnan(values) & (values == 0)).astype(jnp.float32)
+    sums, amounts = jnp.broadcast_to(zero, (latents, rows.shape[1])), jnp.zeros_like(rows, shape=(latents,))
     (sums, amounts, _), _ = jax.lax.scan(_add, (sums, amounts, rows), (values, indices))
     return sums, amounts
 
