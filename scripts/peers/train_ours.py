@@ -84,7 +84,9 @@ def main() -> None:
     facts = {"trainer": "qscope", "version": version("qscope-jax"), "jax": jax.__version__, "k": K, "batch": BATCH}
     for seed in parsed.seeds:
         start = time.time()
-        saes = train(step, init_group(group, norms, seed, mesh=None, model_axis="latents"), acts, group)
+        saes = init_group(group, norms, seed, mesh=None, model_axis="latents")
+        saes = saes._replace(weights=saes.weights._replace(w_enc=config["encoder_scale"] * saes.weights.w_enc))
+        saes = train(step, saes, acts, group)
         facts |= {"seed": seed, "steps": group.schedule.steps, "config": config, "lr": config["rate"]}
         facts |= {"seconds": round((time.time() - start) / len(group.layers), 1)}
         store(parsed.out, group, saes, facts)
