@@ -19,7 +19,8 @@ from qscope_jax.data.batches import Filled
 from qscope_jax.data.corpora import open_sources
 from qscope_jax.data.feed import DocumentSource, Feed, open_feed
 from qscope_jax.data.tokenizer import load_tokenizer
-from qscope_jax.evaluate import DEFINITIONS, evaluate_saes
+from qscope_jax.data.vectors import VectorFeed, open_vectors
+from qscope_jax.evaluate import DEFINITIONS, evaluate_saes, evaluate_vectors
 from qscope_jax.explorer.figures import draw_quality
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.files.differences import differences
@@ -30,13 +31,13 @@ from qscope_jax.jobs.train_config import Config, check_options, checkpoint_folde
 from qscope_jax.mesh import finish_together
 from qscope_jax.sae.card import Card, render_card
 from qscope_jax.sae.formats import load_saes
-from qscope_jax.sae.model import SaeConfig
-from qscope_jax.training.activations import own_part
+from qscope_jax.sae.model import Sae, SaeConfig
+from qscope_jax.training.activations import Stored, own_part, place_rows
 from qscope_jax.training.agreement import everywhere, from_all
 from qscope_jax.training.checkpoint_folder import open_folder
 from qscope_jax.training.checkpoints import Checkpoints
 from qscope_jax.training.export import export_group
-from qscope_jax.training.loop import Carried, Plan, Trainer
+from qscope_jax.training.loop import Carried, Plan, Rows, Trainer
 from qscope_jax.training.metrics import TrainLog
 from qscope_jax.training.state import Group
 
@@ -66,7 +67,7 @@ class Begun(NamedTuple):
 
 
 class Trained(NamedTuple):
-    backbone: Backbone
+    source: Backbone | Stored
     carried: Carried
 
 
@@ -100,12 +101,14 @@ def _open(config: Config) -> Opened:
     if mesh is not None:
         parameter_shapes(constants, mesh=mesh, fsdp=config.fsdp)
     plan, steps = plan_for(config, constants, mesh)
-    tokenizer = None if config.data == ("synthetic",) or config.token_field else load_tokenizer(model)
-    sources = open_sources(
-        config.data, vocab_size=constants.vocab_size, tokenizer=tokenizer, weights=config.weights or None,
-        text_field=config.text_field, token_field=config.token_field, whole_files=config.document == "file", say=say,
-    )  # fmt: skip
-    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
+    sources, weights = list[DocumentSource](), list[str]()
+    if not config.activations:
+        tokenizer = None if config.data == ("synthetic",) or config.token_field else load_tokenizer(model)
+        sources = open_sources(
+            config.data, vocab_size=constants.vocab_size, tokenizer=tokenizer, weights=config.weights or None, say=say,
+            text_field=config.text_field, token_field=config.token_field, whole_files=config.document == "file",
+        )  # fmt: skip
+        weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
     settings = {
         "plan": plain(plan),
         "precision": config.precision,
@@ -114,19 +117,21 @@ def _open(config: Config) -> Opened:
     return Opened(model, constants, sources, plan, steps, mesh, json.loads(json.dumps(settings, default=str)))
 
 
-def _feed(config: Config, opened: Opened, own: range, *, held_out: bool = False) -> Feed:
+def _feed(config: Config, opened: Opened, own: range, *, held_out: bool = False) -> Feed | VectorFeed:
     """The rows of some virtual shards; held-out documents are too few to be shared out."""
     plan = opened.plan
-    return open_feed(
-        opened.sources, weights=config.weights or None, row_length=plan.row_length, rows=plan.rows,
-        shards=1 if held_out else plan.shards, own=own, seed=config.seed, held_out=config.held_out,
-        split="held-out" if held_out else "train",
-        vocab_size=opened.constants.vocab_size, end_token=config.end_token,
-    )  # fmt: skip
+    options: Any = {
+        "row_length": plan.row_length, "rows": plan.rows, "shards": 1 if held_out else plan.shards, "own": own,
+        "seed": config.seed, "held_out": config.held_out, "split": "held-out" if held_out else "train",
+    }  # fmt: skip
+    if config.activations:
+        return open_vectors(config.activations, d=opened.constants.hidden_size, **options)
+    vocabulary = {"vocab_size": opened.constants.vocab_size, "end_token": config.end_token}
+    return open_feed(opened.sources, weights=config.weights or None, **vocabulary, **options)
 
 
-def _held_out(config: Config, opened: Opened, tokens: int) -> Iterator[Filled]:
-    """Batches of held-out text, `tokens` of them at most and no document twice but in the last batch."""
+def _held_out(config: Config, opened: Opened, tokens: int) -> Iterator[Rows]:
+    """Batches of held-out data, `tokens` of them at most and no document twice but in the last batch."""
     feed = _feed(config, opened, range(1), held_out=True)
     for _ in range(-(-tokens // opened.plan.batch_tokens)):
         yield next(feed)
@@ -146,9 +151,12 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints) -
             f"{checkpoint_folder(config)} is of a run with other settings: {'; '.join(changed[:8])}. Give it those "
             "again, or choose another --out"
         )
-    dtype = "float32" if config.precision == "parity" else "bfloat16"
-    backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh, fsdp=config.fsdp)
-    trainer = Trainer(backbone, opened.plan, opened.mesh)
+    if isinstance(feed, VectorFeed):
+        source = Stored(feed.d, feed.dtype)
+    else:
+        dtype = "float32" if config.precision == "parity" else "bfloat16"
+        source = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh, fsdp=config.fsdp)
+    trainer = Trainer(source, opened.plan, opened.mesh)
     carried, begun, pending = _begin(config, opened, trainer, checkpoints, feed, own)
     judged = list(_held_out(config, opened, 1)) if config.held_out else []
     job.total = opened.steps * opened.plan.batch_tokens
@@ -181,10 +189,10 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints) -
     log.close()
     feed.close()
     job.record(device=devices(), counts={"steps": opened.steps, "tokens": job.total, **feed.counts}, **facts)
-    return Trained(backbone, carried)
+    return Trained(source, carried)
 
 
-def _begin(config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkpoints, feed: Feed, own: range) -> Begun:
+def _begin(config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkpoints, feed: Any, own: range) -> Begun:
     """The state to go on from, and the number of steps behind it."""
     if checkpoints.facts() is not None:
         shapes = trainer.abstract()
@@ -195,8 +203,9 @@ def _begin(config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkp
         return Begun(found.arrays, found.step, found.facts["pending"])
     first = _feed(config, opened, own)
     count = min(-(-_MEASURED // opened.plan.batch_tokens), opened.steps)
-    carried = trainer.init(trainer.measure([next(first) for _ in range(count)]))
+    seen = [next(first) for _ in range(count)]
     first.close()
+    carried = trainer.fit(trainer.init(trainer.measure(seen)), seen[0])
     for number in range(opened.plan.buffer):
         carried = trainer.fill(carried, next(feed), number)
     return Begun(carried, 0, [])
@@ -224,24 +233,32 @@ def _finish(config: Config, job: Run, opened: Opened, trained: Trained) -> None:
             group, saes, folder, backbone=name, format=config.format, dtype=config.dtype, write=first or not shared
         )
     finish_together("the SAEs are written")
-    backbone = trained.backbone
+    source = trained.source
     del trained  # the state needs several times the room of the SAEs
     for group, folder in zip(groups, folders, strict=True):
         saes = load_saes(folder, group.layers, mesh=opened.mesh)
         quality: dict[int, dict[str, Any]] = {layer: {} for layer in group.layers}
         if config.held_out and config.eval_tokens:
-            say(f"evaluating {folder.name} on held-out text")
-            own = own_part(opened.mesh, opened.plan.rows)
-            batches = _held_out(config, opened, config.eval_tokens)
-            rows = (Filled(*(array[own.start : own.stop] for array in batch)) for batch in batches)
-            quality = evaluate_saes(backbone, saes, rows, predict_tokens=config.eval_tokens // 4)
+            say(f"evaluating {folder.name} on held-out data")
+            quality = _evaluate(config, opened, source, saes)
         if first:
             _describe(config, opened, group, folder, quality, saes[group.layers[0]].config)
 
 
+def _evaluate(config: Config, opened: Opened, source: Backbone | Stored, saes: dict[int, Sae]) -> dict[int, Any]:
+    """Quality on held-out data per layer; without a model nothing is predicted."""
+    own, batches = own_part(opened.mesh, opened.plan.rows), _held_out(config, opened, config.eval_tokens)
+    if isinstance(source, Stored):
+        ((layer, sae),) = saes.items()
+        return {layer: evaluate_vectors(sae, (place_rows(rows, opened.mesh, whole=True) for rows in batches))}
+    rows = (Filled(*(array[own.start : own.stop] for array in batch)) for batch in batches)
+    return evaluate_saes(source, saes, rows, predict_tokens=config.eval_tokens // 4)
+
+
 def _describe(config: Config, opened: Opened, group: Group, folder: Path, quality, about: SaeConfig) -> None:
     """quality.json, quality.png and the model card of one folder."""
-    name, on = model_name(opened.model), f"held-out documents, {config.held_out:.3g} of {', '.join(config.data)}"
+    name, data = model_name(opened.model), config.activations or config.data
+    on = f"held-out documents, {config.held_out:.3g} of {', '.join(data)}"
     if any(quality.values()):
         write_json(folder / "quality.json", {"measured_on": on, "definitions": DEFINITIONS, "layers": plain(quality)})
         draw_quality(folder / "quality.png", quality, title=f"{group.name} on {name}", note=f"measured on {on}")
@@ -264,7 +281,7 @@ def _describe(config: Config, opened: Opened, group: Group, folder: Path, qualit
         layer: metrics["sink_threshold"] for layer, metrics in quality.items() if metrics.get("sink_threshold")
     }
     card = Card(
-        f"SAE-Res-{name.rsplit('/', 1)[-1]}-{group.name}", about, quality, on, recipe, config.data,
+        f"SAE-Res-{name.rsplit('/', 1)[-1]}-{group.name}", about, quality, on, recipe, data,
         thresholds, config.license, config.format,
     )  # fmt: skip
     write_text(folder / "README.md", render_card(card))

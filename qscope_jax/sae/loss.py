@@ -156,6 +156,21 @@ def _report(loss, seen: "_Seen", idle, keep, objective: Objective, axes: Axes) -
     return Report(loss, seen.fvu, jnp.zeros_like(loss), l0, dead, tokens)
 
 
+def encoder_scale(
+    weights: Weights, x: Float[Array, "n d"], keep: Bool[Array, "n"], objective: Objective, axes: Axes = ALONE
+) -> Float[Array, ""]:
+    """What to multiply an untrained encoder by so that reconstructions have the best length: <x, x_hat> / |x_hat|^2.
+
+    Tied to unit rows it reconstructs too long vectors, the more so the larger k / d (Gao et al. 2024, A.1, divide the
+    encoder for it). Biases must be 0; which latents fire does not change. Arguments as for `sae_gradients`.
+    """
+    x = jnp.where(keep[:, None], x.astype(jnp.float32), 0)
+    _, seen = reconstruction_loss(weights, x, keep, objective, axes)
+    x_hat = jnp.where(keep[:, None], x - seen.error, 0)
+    along, length = (_sum(jnp.sum(a * x_hat), axes.data) for a in (x, x_hat))
+    return jnp.where(length > 0, along / length, 1)
+
+
 def reconstruction_loss(
     weights: Weights, x: Float[Array, "n d"], keep: Bool[Array, "n"], objective: Objective, axes: Axes = ALONE
 ) -> tuple[jax.Array, _Seen]:

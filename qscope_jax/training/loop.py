@@ -31,7 +31,7 @@ from qscope_jax.training.activations import (
     place_rows,
 )
 from qscope_jax.training.state import Group, ModelAxis, Norms, TrainState, abstract_group, init_group
-from qscope_jax.training.step import StepReport, make_judge, make_train_step
+from qscope_jax.training.step import StepReport, make_fit, make_judge, make_train_step
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Trainer:
             self._dtype = source.params["embed"].dtype
         self._fill, self._exchange = make_fill(mesh), make_exchange(plan.seed, mesh)
         self._step = make_train_step(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
+        self._fit = make_fit(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
         self._judge = make_judge(plan.groups, plan.layers, mesh=mesh, model_axis=plan.model_axis)
 
     def collect(self, rows: Rows) -> Activations:
@@ -111,6 +112,10 @@ class Trainer:
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=place)()
         return Carried(TrainState(step, tuple(groups)), self._mixer(init_mixer))
+
+    def fit(self, carried: Carried, rows: Rows) -> Carried:
+        """Untrained SAEs with encoders of the scale that suits a batch of this process's rows; see `encoder_scale`."""
+        return carried._replace(train=self._fit(carried.train, *self.collect(rows)))
 
     def abstract(self) -> Carried:
         """Shapes, dtypes and places of what `init` gives, to restore a checkpoint into; nothing is made."""
