@@ -5,15 +5,12 @@ python scripts/assets/notice.py --cache DIR
 
 import argparse
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from sources import LANGS, SOURCES
 
-ROOT = Path(__file__).resolve().parents[2]
-ASSETS = ROOT / "qscope_jax" / "assets"
-RECIPE = ROOT / "configs" / "train-sae" / "demo.toml"
+ASSETS = Path(__file__).resolve().parents[2] / "qscope_jax" / "assets"
 HEAD = """# The embedded model, its SAEs and texts
 
 What stands in this folder, made by `scripts/assets/build` from the sources below. It exists so that every command
@@ -111,7 +108,8 @@ def write(cache: Path) -> None:
     report = json.loads((ASSETS / "report.json").read_text(encoding="utf-8"))
     versions = json.loads((cache / "versions.json").read_text())
     corpus, tokens = report["train_tokens_in_corpus"], report["train_tokens"]
-    recipe = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
+    trained = json.loads((cache / "build" / "saes" / "manifest.json").read_text(encoding="utf-8"))
+    recipe = trained["config"]
     made = {"sae_tokens": recipe["tokens"] / 1e6, "sae_rate": recipe["lr"], "sae_fall": recipe["decay_share"]}
     method = METHOD.format(tokens=f"{tokens / 1e6:.1f} M", epochs=tokens / corpus, corpus=corpus, **made)
     model, sae = (json.loads((ASSETS / name / "config.json").read_text()) for name in ("model", "sae"))

@@ -15,7 +15,7 @@ from qscope_jax.sae.loss import Objective
 from qscope_jax.training import optimizer
 from qscope_jax.training.optimizer import Schedule
 from qscope_jax.training.state import Group, Norms, TrainState, abstract_group, init_group
-from qscope_jax.training.step import make_judge, make_train_step
+from qscope_jax.training.step import make_fit, make_judge, make_train_step
 
 LAYERS, D, F, N, RATE, SINK = (1, 4, 5, 7), 16, 32, 48, 1e-2, 40.0
 FLAT = Schedule(RATE, 1000, decay=0)
@@ -100,6 +100,28 @@ def test_planted_features_are_found():
     for number in range(steps):
         state, _ = step(state, residuals(jax.random.key(number)), mask)
     assert found(state).min() >= 0.95
+
+
+@pytest.mark.parametrize("shape", [None, (2, 4)])
+def test_untrained_encoders_get_the_scale_of_the_least_error(shape):
+    mesh = None if shape is None else make_mesh(*shape)
+    batch, before = draw(1)[0], start((ALL,), mesh=mesh)
+    old = to_host(before.groups[0].weights.w_enc)
+    state = make_fit((ALL,), LAYERS, mesh=mesh)(before, *batch)
+    scale = to_host(state.groups[0].weights.w_enc)[:, 0, 0] / old[:, 0, 0]
+    np.testing.assert_allclose(to_host(state.groups[0].weights.w_enc), scale[:, None, None] * old, rtol=1e-5)
+    assert int(state.step) == 0
+    look = make_judge((ALL,), LAYERS, mesh=mesh)
+
+    def error(factor):
+        saes = state.groups[0]
+        scaled = saes._replace(weights=saes.weights._replace(w_enc=factor * saes.weights.w_enc))
+        return to_host(look(state._replace(groups=(scaled,)), *batch)[0].fvu)
+
+    least = error(1.0)
+    assert (least < error(0.98)).all()
+    assert (least < error(1.02)).all()
+    assert (least < error(1 / scale[0])).all()
 
 
 def test_all_layers_at_once_equal_one_at_a_time(step):
