@@ -22,7 +22,7 @@ from qscope_jax.sae.loss import Objective
 from qscope_jax.sae.quality import sink_threshold
 from qscope_jax.training.optimizer import Schedule
 from qscope_jax.training.state import Group, Norms, SaeState, TrainState, folded, init_group
-from qscope_jax.training.step import TrainStep, make_train_step
+from qscope_jax.training.step import TrainStep, make_fit, make_train_step
 
 SAMPLE = 65_536  # tokens that the mean, the scale and the sink threshold are measured on
 
@@ -45,8 +45,11 @@ def group_of(config: dict[str, Any], layers: Sequence[int], steps: int) -> Group
 
 def train(step: TrainStep, saes: SaeState, acts: Activations, group: Group) -> SaeState:
     state, mask, steps = TrainState(jnp.zeros((), jnp.int32), (saes,)), jnp.ones(BATCH, bool), group.schedule.steps
+    fit = make_fit([group], group.layers)
     for i in range(steps):
         x = np.stack([acts.rows(layer, "train", i * BATCH, (i + 1) * BATCH) for layer in group.layers])
+        if i == 0:
+            state = fit(state, x, mask)
         state, reports = step(state, x, mask)
         if (i + 1) % 100 == 0:
             print(f"step {i + 1}/{steps} FVU {np.asarray(reports[0].batch.fvu).round(4)}", flush=True)
@@ -85,7 +88,6 @@ def main() -> None:
     for seed in parsed.seeds:
         start = time.time()
         saes = init_group(group, norms, seed, mesh=None, model_axis="latents")
-        saes = saes._replace(weights=saes.weights._replace(w_enc=config["encoder_scale"] * saes.weights.w_enc))
         saes = train(step, saes, acts, group)
         facts |= {"seed": seed, "steps": group.schedule.steps, "config": config, "lr": config["rate"]}
         facts |= {"seconds": round((time.time() - start) / len(group.layers), 1)}
