@@ -52,7 +52,7 @@ def compare(
     """
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "texts.jsonl"
-        data.write_text("".join(_lines(documents, words)), encoding="utf-8")
+        data.write_text("".join(random_documents(documents, words)), encoding="utf-8")
         corpus = open_corpus([str(data)])
         info = {"batch_tokens": batch_tokens, "top": top, "per_octave": per_octave}
         target = _target(Path(folder), loaded, corpus, info)
@@ -94,8 +94,9 @@ def _random(dtype: Any) -> Loaded:
     return Loaded(params, (sae,), make_extract_step(config, (config.num_layers - 1,), contract=contract))
 
 
-def _lines(documents: int, words: float) -> Iterator[str]:
-    """Documents of the shipped texts' words, one in ten a new one: a tokenizer remembers those that it has seen."""
+def random_documents(documents: int, words: float) -> Iterator[str]:
+    """Lines of JSON with documents of the shipped texts' words, exp(words) of them in the median, one word in ten a new
+    one: a tokenizer remembers those that it has seen."""
     rng, corpus = np.random.default_rng(0), open_corpus(["demo"])
     known = np.array(" ".join(document.text for document in corpus.read(0, len(corpus))[0]).split())
     for _ in range(documents):

@@ -18,11 +18,12 @@ from qscope_jax.benchmarks.paired import FEWEST
 from qscope_jax.benchmarks.rows import Row, Setting, markdown, setting_of
 from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient, check_impl
 from qscope_jax.benchmarks.step import bench_step
+from qscope_jax.benchmarks.train import bench_train
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.jobs.run import Run, versions
 
 Sparse = Literal["ceilings", "encode", "decode", "gradient", "step", "end_to_end"]
-What = Literal["forward", "prefill", "moe", "compile", "extract", "load", Sparse]
+What = Literal["forward", "prefill", "moe", "compile", "extract", "train", "load", Sparse]
 
 _SPARSE: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_ceilings,
@@ -41,9 +42,9 @@ class Config:
 
     what: tuple[What, ...] = get_args(What)
     """`forward` against transformers (needs torch), `prefill` of linear against full attention, `moe` of 128 experts
-    against 16, `compile` of 64 layers against 8, `extract` against its own step, `load` for peak memory; the sparse
-    operations: `encode` over the bare matmul, `decode`, `gradient` and a training `step` over dense ones, `end_to_end`:
-    forward and encode over forward, and `ceilings`: what this device reaches."""
+    against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic, `load` for peak
+    memory; the sparse operations: `encode` over the bare matmul, `decode`, `gradient` and a training `step` over dense
+    ones, `end_to_end`: forward and encode over forward, and `ceilings`: what this device reaches."""
     rounds: int = 20
     """Pairs per ratio; fewer where one takes minutes."""
     cases: tuple[str, ...] = ()
@@ -53,7 +54,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the sparse operations; by default float32 on a CPU and bfloat16 elsewhere."""
     impl: tuple[str, ...] = ()
-    """Implementations to compare, such as xla; by default the kernels of this device and the portable form."""
+    """Implementations to compare, such as xla; by default the kernels of this device and the portable form. A training
+    `step` takes what training takes."""
     budget: float = 20.0
     """Seconds per ratio of the sparse operations; where they do not suffice there are fewer pairs, at least five."""
     out: Path = Path("qscope-out/bench")
@@ -81,6 +83,7 @@ def run(config: Config) -> None:
         "moe": lambda: bench_moe(rounds=config.rounds),
         "compile": lambda: bench_compile(rounds=config.rounds),
         "extract": lambda: bench_extract(rounds=config.rounds),
+        "train": lambda: bench_train(rounds=config.rounds),
         "load": bench_load,
     }
     with Run("bench", config, config.out, total=len(config.what)) as job:
