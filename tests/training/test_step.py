@@ -1,7 +1,7 @@
 """One step of all SAEs: it finds planted features, alone or together, on any mesh, and survives bad input."""
 
 import re
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def draw(count, seed=0):
 def run(step, state, batches):
     """State and reports after the last batch, in host memory."""
     for batch in batches:
-        state, reports = step(state, *batch)
+        state, reports = step(state, *map(jnp.asarray, batch))
     return jax.tree.map(to_host, (state, reports))
 
 
@@ -125,14 +125,18 @@ def test_untrained_encoders_get_the_scale_of_the_least_error(shape):
 
 
 def test_all_layers_at_once_equal_one_at_a_time(step):
-    """To the bit, wherever the layer stands among those whose residual streams are given."""
+    """Wherever the layer stands among those whose residual streams are given; to rounding, as XLA fuses a scan over one
+    SAE in another way than one over several."""
     batches = draw(3)
     together, reports = run(step, start((ALL,)), batches)
     group = Group((4,), ALL.objective, FLAT)
     own = [(x[[3, 1]], mask) for x, mask in batches]
     alone, own_reports = run(make_train_step((group,), (7, 4)), start((group,)), own)
-    assert_equal(of_sae(alone, 0), of_sae(together, 1))
-    assert_equal(jax.tree.map(lambda a: a[0], own_reports), jax.tree.map(lambda a: a[1], reports))
+    one, among = of_sae(alone, 0), of_sae(together, 1)
+    np.testing.assert_array_equal(one.idle, among.idle)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, one, among)
+    jax.tree.map(lambda a, b: close(a[0], b[1]), own_reports, reports)
 
 
 def with_a_bad_one():
@@ -170,11 +174,11 @@ def test_a_mesh_changes_nothing(groups_alone, model_axis, shape):
     assert [list(group.skipped) for group in found.groups] == [[0, 1, 0, 0], [1, 0]]
 
 
-def test_one_compilation_serves_all_steps_and_the_state_is_given_away():
-    step, state = make_train_step((ALL,), LAYERS), start((ALL,))
-    for x, mask in draw(4):
+def test_one_compilation_serves_all_steps_and_the_state_is_given_away(step):
+    state = start((ALL,))
+    for batch in draw(4):
         before = state
-        state, _ = step(before, jnp.asarray(x), jnp.asarray(mask))
+        state, _ = step(before, *map(jnp.asarray, batch))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert step._cache_size() == 1
     assert state.step == 4
@@ -248,14 +252,14 @@ def test_silence_is_counted_in_tokens(step):
             fired = ((ranks < ALL.objective.k) & (pre > 0) & keep[:, None]).any(axis=0)
             idle[i] = np.where(fired, 0, idle[i] + keep.sum())
         dead = (np.asarray(state.groups[0].idle) > ALL.objective.dead_after).mean(axis=1)
-        state, (report,) = step(state, x, mask)
+        state, (report,) = step(state, jnp.asarray(x), jnp.asarray(mask))
         np.testing.assert_array_equal(state.groups[0].idle, idle)
         np.testing.assert_allclose(report.batch.dead, dead)
     assert idle.max() > ALL.objective.dead_after
 
 
 def test_judging_reports_what_a_step_would_and_changes_nothing(step):
-    state, (batch,) = start((ALL,)), draw(1)
+    state, batch = start((ALL,)), [jnp.asarray(array) for array in draw(1)[0]]
     (judged,) = make_judge((ALL,), LAYERS)(state, *batch)
     _, (report,) = step(state, *batch)
     for name in ("fvu", "l0", "dead", "tokens"):
@@ -271,6 +275,7 @@ def compile_wide(layers):
     return make_train_step((group,), group.layers).lower(state, x, mask).compile()
 
 
+@pytest.mark.slow
 def test_memory_holds_one_layers_gradients_and_no_dense_codes(monkeypatch):
     monkeypatch.setattr(xla, "_CHUNK_ELEMENTS", 64 * 2048)  # 64 tokens are encoded at a time
     monkeypatch.setattr(optimizer, "_CACHED", 512 * D)
