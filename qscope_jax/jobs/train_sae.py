@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qscope_jax.backbone.config import ModelConfig, read_config
@@ -88,8 +89,10 @@ def run(config: Config) -> None:
             open_folder(job.out).check_shared()
         opened = _open(config)
         with Checkpoints(kept, keep=config.keep, warn=say) as checkpoints:
-            trained = _train(config, job, opened, checkpoints)
-        _finish(config, job, opened, trained)
+            source, carried = _train(config, job, opened, checkpoints)
+        folders = _export(config, job, opened, carried)
+        del carried  # it needs several times the room of the SAEs
+        _finish(config, opened, source, folders)
         meet()
 
 
@@ -114,7 +117,11 @@ def _open(config: Config) -> Opened:
         "precision": config.precision,
         "model": hash_files(map(model.fetch, ("config.json", *weights))),
     }
-    return Opened(model, constants, sources, plan, steps, mesh, json.loads(json.dumps(settings, default=str)))
+    return Opened(model, constants, sources, plan, steps, mesh, json.loads(json.dumps(settings, default=_dtype_name)))
+
+
+def _dtype_name(dtype: Any) -> str:
+    return jnp.dtype(dtype).name
 
 
 def _feed(config: Config, opened: Opened, own: range, *, held_out: bool = False) -> Feed | VectorFeed:
@@ -199,14 +206,19 @@ def _begin(config: Config, opened: Opened, trainer: Trainer, checkpoints: Checkp
         found = checkpoints.restore(shapes)
         assert found is not None
         feed.restore(found.facts["states"])
-        say(f"train-sae: goes on from step {found.step:,}")
+        say(f"train-sae: goes on from step {found.step:,} of {opened.steps:,}")
         return Begun(found.arrays, found.step, found.facts["pending"])
-    first = _feed(config, opened, own)
-    count = min(-(-_MEASURED // opened.plan.batch_tokens), opened.steps)
+    first, plan = _feed(config, opened, own), opened.plan
+    say(
+        f"train-sae: {', '.join(group.name for group in plan.groups)} for layers {', '.join(map(str, plan.layers))}; "
+        f"{opened.steps:,} steps of {plan.batch_tokens:,} tokens, the first ones to measure norms"
+        + (f" and to fill a buffer of {plan.buffer} steps" if plan.buffer else "")
+    )
+    count = min(-(-_MEASURED // plan.batch_tokens), opened.steps)
     seen = [next(first) for _ in range(count)]
     first.close()
     carried = trainer.fit(trainer.init(trainer.measure(seen)), seen[0])
-    for number in range(opened.plan.buffer):
+    for number in range(plan.buffer):
         carried = trainer.fill(carried, next(feed), number)
     return Begun(carried, 0, [])
 
@@ -221,27 +233,30 @@ def _check(failing: dict[str, int], limit: int, save: Callable[[], None]) -> Non
         )
 
 
-def _finish(config: Config, job: Run, opened: Opened, trained: Trained) -> None:
-    """Writes the SAEs, evaluates the files on held-out text, and says in a card what they are."""
+def _export(config: Config, job: Run, opened: Opened, carried: Carried) -> list[Path]:
+    """Writes the SAEs; returns the folder of every group."""
     groups, name = opened.plan.groups, model_name(opened.model)
     # Processes that share no folder each write the files that they evaluate; hidden ones are not copied to --out.
     first, shared = jax.process_index() == 0, shares_out(config)
     base = job.out / ("sae" if first or shared else ".sae")
     folders = [base / group.name if len(groups) > 1 else base for group in groups]
-    for group, saes, folder in zip(groups, trained.carried.train.groups, folders, strict=True):
+    for group, saes, folder in zip(groups, carried.train.groups, folders, strict=True):
         export_group(
             group, saes, folder, backbone=name, format=config.format, dtype=config.dtype, write=first or not shared
         )
     finish_together("the SAEs are written")
-    source = trained.source
-    del trained  # the state needs several times the room of the SAEs
-    for group, folder in zip(groups, folders, strict=True):
+    return folders
+
+
+def _finish(config: Config, opened: Opened, source: Backbone | Stored, folders: list[Path]) -> None:
+    """Evaluates the files on held-out data, and says in a card what they are."""
+    for group, folder in zip(opened.plan.groups, folders, strict=True):
         saes = load_saes(folder, group.layers, mesh=opened.mesh)
         quality: dict[int, dict[str, Any]] = {layer: {} for layer in group.layers}
         if config.held_out and config.eval_tokens:
-            say(f"evaluating {folder.name} on held-out data")
+            say(f"train-sae: evaluating {group.name} on held-out data")
             quality = _evaluate(config, opened, source, saes)
-        if first:
+        if jax.process_index() == 0:
             _describe(config, opened, group, folder, quality, saes[group.layers[0]].config)
 
 
@@ -258,7 +273,7 @@ def _evaluate(config: Config, opened: Opened, source: Backbone | Stored, saes: d
 def _describe(config: Config, opened: Opened, group: Group, folder: Path, quality, about: SaeConfig) -> None:
     """quality.json, quality.png and the model card of one folder."""
     name, data = model_name(opened.model), config.activations or config.data
-    on = f"held-out documents, {config.held_out:.3g} of {', '.join(data)}"
+    on = f"documents held out from training, {config.held_out:.3g} of {', '.join(data)}"
     if any(quality.values()):
         write_json(folder / "quality.json", {"measured_on": on, "definitions": DEFINITIONS, "layers": plain(quality)})
         draw_quality(folder / "quality.png", quality, title=f"{group.name} on {name}", note=f"measured on {on}")
@@ -270,7 +285,7 @@ def _describe(config: Config, opened: Opened, group: Group, folder: Path, qualit
         "steps' worth of tokens in the mixing buffer": opened.plan.buffer,
         "selection": "TopK" if objective.selection == "token" else "BatchTopK, exported as TopK",
         "Matryoshka prefixes": ", ".join(map(str, objective.prefixes)) or "none",
-        "optimiser": f"Adam, rate {schedule.peak:.3g}, {schedule.warmup} steps of warmup, falling to 0 over the last "
+        "optimiser": f"Adam, rate {schedule.peak:.3g}, rising over {schedule.warmup} steps, falling to 0 over the last "
         f"{schedule.decay:.0%}, gradients clipped to {group.clip:g}",
         "auxiliary loss": f"AuxK, {objective.aux_k} of the latents silent for {objective.dead_after:,} tokens, weight "
         f"{objective.aux_weight:.4g}",

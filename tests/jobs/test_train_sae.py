@@ -46,7 +46,7 @@ def test_a_run_leaves_saes_with_their_quality_and_a_card(whole):
     assert all(np.isfinite(leaf).all() for sae in saes.values() for leaf in sae.params)
     told = json.loads((whole / "sae" / "quality.json").read_text(encoding="utf-8"))
     assert told["definitions"] == DEFINITIONS
-    assert "held-out documents" in told["measured_on"]
+    assert told["measured_on"] == "documents held out from training, 0.01 of synthetic"
     assert 0 < told["layers"]["1"]["tokens"] <= 128
     assert (whole / "sae" / "quality.png").read_bytes().startswith(b"\x89PNG")
     card = (whole / "sae" / "README.md").read_text(encoding="utf-8")
@@ -68,7 +68,8 @@ def test_a_rerun_of_a_finished_run_changes_nothing(tiny_release, whole):
     assert results(whole) == before
 
 
-@pytest.mark.parametrize("step", [5, 8])  # between lines and checkpoints; at a checkpoint
+# Between lines and checkpoints; at a checkpoint.
+@pytest.mark.parametrize("step", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_release, whole, tmp_path, monkeypatch, capsys, step):
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -84,6 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tiny_release, whole, tmp_path, 
     assert manifest(tmp_path)["counts"] == manifest(whole)["counts"]
 
 
+@pytest.mark.slow
 def test_options_that_do_not_decide_what_comes_out_may_change(tiny_release, whole, tmp_path, monkeypatch):
     stop_at(monkeypatch, tiny_release, tmp_path, 6)
     others = ("--log-every", "2", "--judge-every", "2", "--checkpoint-every", "5", "--keep", "1", "--max-failing", "2")
@@ -128,6 +130,7 @@ def test_a_run_with_other_settings_is_refused_and_the_differences_named(tiny_rel
     assert manifest(out) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tiny_release, whole, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, tiny_release, tmp_path, 10)
     newest = max((tmp_path / "checkpoints" / "10" / "arrays").rglob("*"), key=lambda path: path.stat().st_size)
@@ -140,6 +143,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tiny_release,
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_nothing_is_trained(tiny_release, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, tiny_release, tmp_path, 2)
     (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()
@@ -149,6 +153,7 @@ def test_without_a_whole_checkpoint_nothing_is_trained(tiny_release, tmp_path, m
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_what_is_never_finite_ends_the_run_with_the_last_good_state(tiny_release, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         seen, collect = [], Trainer.collect
@@ -187,6 +192,7 @@ def test_a_model_that_is_not_finite_is_named(tiny_release, tmp_path, capsys):
     assert "finite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["metrics", "checkpoint", "SAEs"])
 def test_a_full_disk_is_told_of_and_a_rerun_completes(tiny_release, whole, tmp_path, monkeypatch, capsys, what):
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -213,6 +219,7 @@ def test_a_full_disk_is_told_of_and_a_rerun_completes(tiny_release, whole, tmp_p
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_data_and_results_may_be_remote_and_checkpoints_stay_on_a_disk(tiny_release, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QSCOPE_CACHE", str(tmp_path / "cache"))
     memory, root = fsspec.filesystem("memory"), f"/{tmp_path.name}"
@@ -260,6 +267,7 @@ def test_every_width_is_trained_with_every_k(tiny_release):
     assert (steps, plan.batch_tokens, plan.buffer) == (245, 4096, 3)  # 64 rows a step: 256 rows with what waits
 
 
+@pytest.mark.slow
 def test_nothing_held_out_is_nothing_measured(tiny_release, whole, tmp_path):
     assert train(tiny_release, tmp_path, "--held-out", "0", "--steps", "2", "--log-every", "2") == 0
     assert "Nothing was measured" in (tmp_path / "sae" / "README.md").read_text(encoding="utf-8")
@@ -267,6 +275,7 @@ def test_nothing_held_out_is_nothing_measured(tiny_release, whole, tmp_path):
     assert "held_out_fvu" not in metrics(tmp_path)[-1]["W32-L0_4"]["0"]
 
 
+@pytest.mark.slow
 def test_without_tokens_for_it_the_saes_are_not_evaluated(tiny_release, whole, tmp_path):
     assert train(tiny_release, tmp_path, "--eval-tokens", "0") == 0
     assert saes_of(tmp_path) == saes_of(whole)
@@ -274,18 +283,21 @@ def test_without_tokens_for_it_the_saes_are_not_evaluated(tiny_release, whole, t
     assert not (tmp_path / "sae" / "quality.json").exists()
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_is_left_when_asked(tiny_release, whole, tmp_path):
     assert train(tiny_release, tmp_path, "--profile", "2", "--eval-tokens", "0") == 0
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert saes_of(tmp_path) == saes_of(whole)
 
 
+@pytest.mark.slow
 def test_one_step_is_a_run(tiny_release, tmp_path):
     assert train(tiny_release, tmp_path, "--steps", "1") == 0
     assert [line["step"] for line in metrics(tmp_path)] == [1]
     assert load_saes(tmp_path / "sae")
 
 
+@pytest.mark.slow
 def test_few_short_documents_are_enough_as_long_as_every_shard_has_one(tiny_release, tmp_path, capsys):
     data = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in ("a", "b", "a long one " * 40, "c", "d")])
     assert train(tiny_release, tmp_path / "out", "--data", str(data), "--held-out", "0.1", "--steps", "3") == 0
