@@ -129,12 +129,7 @@ def sae_gradients(
     (loss, seen), gradients = jax.value_and_grad(reconstruction_loss, has_aux=True)(weights, x, keep, objective, axes)
     report = _report(loss, seen, idle, keep, objective, axes)
     if objective.aux_k and objective.aux_weight:
-        gradients, aux = jax.lax.cond(
-            report.dead > 0,
-            lambda g: _add_auxiliary(g, weights, idle, x, seen.error, keep, objective, axes),
-            lambda g: (g, jnp.zeros_like(loss)),
-            gradients,
-        )
+        gradients, aux = _add_auxiliary(gradients, loss, weights, idle, x, seen.error, keep, objective, axes)
         report = report._replace(aux=aux, loss=loss + objective.aux_weight * aux)
     return Learned(gradients, _fired(seen, len(idle), axes), report)
 
@@ -241,7 +236,7 @@ class _Rows(NamedTuple):
     w_dec: jax.Array
 
 
-def _add_auxiliary(gradients, weights, idle, x, error, keep, objective: Objective, axes: Axes):
+def _add_auxiliary(gradients, loss, weights, idle, x, error, keep, objective: Objective, axes: Axes):
     """The gradients with AuxK's, and its loss. The dead latents are gathered into one small dense dictionary."""
     chosen, valid = _longest_idle(idle, objective, axes)
     mine = valid
@@ -250,7 +245,13 @@ def _add_auxiliary(gradients, weights, idle, x, error, keep, objective: Objectiv
         mine = valid & owned
     take = lambda a: _sum(jnp.where(mine.reshape(-1, *(1,) * (a.ndim - 1)), a[chosen], 0), axes.latents)  # noqa: E731
     rows = _Rows(take(weights.w_enc), take(weights.b_enc), take(weights.w_dec))
-    aux, by_rows = jax.value_and_grad(auxiliary_loss)(rows, valid, x, error, keep, objective, axes)
+    # The gradients of all latents stay out of the branches, which would copy them.
+    aux, by_rows = jax.lax.cond(
+        jnp.any(valid),
+        lambda rows: jax.value_and_grad(auxiliary_loss)(rows, valid, x, error, keep, objective, axes),
+        lambda rows: (jnp.zeros_like(loss), jax.tree.map(jnp.zeros_like, rows)),  # on a mesh, alike to the others
+        rows,
+    )
     place = jnp.where(mine, chosen, len(idle))
 
     def add(to, rows):
