@@ -53,7 +53,8 @@ class Objective:
     dead_after: int = 10_000_000
     """Tokens after which a latent that never fired counts as dead."""
     dtype: Any = jnp.float32
-    """Of the copies of weights and inputs that products are made of; sums are float32."""
+    """Of the copies of weights and inputs that products are made of. Products are summed in float32; the gradients of
+    matrices take this type once, before they are summed over devices and go into the float32 moments."""
     contract: Contract = "exact"
 
     def __post_init__(self):

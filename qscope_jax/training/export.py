@@ -28,7 +28,7 @@ def export_group(
         objective = group.objective
         config = SaeConfig(
             params.b_dec.shape[0], objective.d_sae, objective.k, layer,
-            backbone=backbone, sink_threshold=round(float(norms.sink[i]), 3),
+            backbone=backbone, sink_threshold=float(f"{norms.sink[i]:.6g}"),
         )  # fmt: skip
         arrays: Any = jax.tree.map(lambda a: jnp.asarray(a, dtype), params)
         if write:
