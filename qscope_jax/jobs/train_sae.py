@@ -177,13 +177,13 @@ def _train(config: Config, job: Run, opened: Opened, checkpoints: Checkpoints) -
     for step in range(begun + 1, opened.steps + 1):
         carried, reports = trainer.step(carried, next(feed))
         log.add(reports)
-        job.progress(tokens=opened.plan.batch_tokens)
         last = step == opened.steps
         told = last or step % config.log_every == 0
         if told:
             looks = judged and (last or step % config.judge_every == 0)
             failing, job.note = log.write(step, trainer.judge(carried, judged[0]) if looks else None)
             _check(failing, config.max_failing, lambda step=step: save(step))
+        job.progress(tokens=opened.plan.batch_tokens)
         if last or step % config.checkpoint_every == 0:
             save(step)
             job.publish()

@@ -141,7 +141,7 @@ def _told(own: dict[str, dict[str, float | None]]) -> str:
     fvu, dead = ([x for one in own.values() if (x := one[name]) is not None] for name in ("fvu", "dead"))
     if not fvu or not dead:
         return "nothing is finite"
-    return f"FVU {min(fvu):.3f} to {max(fvu):.3f}, dead {max(dead):.1%}"
+    return f"FVU {min(fvu):.3f}{f' to {max(fvu):.3f}' if len(fvu) > 1 else ''}, dead {max(dead):.1%}"
 
 
 def _number(value: Any) -> float | None:

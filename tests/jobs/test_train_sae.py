@@ -17,7 +17,7 @@ from qscope_jax.backbone.weights import Backbone, load_backbone, save_backbone
 from qscope_jax.evaluate import DEFINITIONS
 from qscope_jax.jobs import train_sae as job
 from qscope_jax.jobs.run import EXIT_INTERRUPTED
-from qscope_jax.jobs.train_config import Config, plan_for
+from qscope_jax.jobs.train_config import Config, checkpoint_folder, plan_for
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.training import checkpoints as checkpoints_module
 from qscope_jax.training.checkpoint_folder import open_folder
@@ -291,8 +291,11 @@ def test_a_trace_of_some_steps_is_left_when_asked(tiny_release, whole, tmp_path)
 
 
 @pytest.mark.slow
-def test_one_step_is_a_run(tiny_release, tmp_path):
-    assert train(tiny_release, tmp_path, "--steps", "1") == 0
+def test_one_step_is_a_run_and_progress_tells_how_good_it_is(tiny_release, tmp_path, capsys):
+    assert train(tiny_release, tmp_path, "--steps", "1", "--layers", "1") == 0
+    fvu = metrics(tmp_path)[0]["W32-L0_4"]["1"]["fvu"]
+    assert "128 of 128 tokens (100%)" in (told := capsys.readouterr().err)
+    assert f"FVU {fvu:.3f}, dead 0.0%" in told
     assert [line["step"] for line in metrics(tmp_path)] == [1]
     assert load_saes(tmp_path / "sae")
 
@@ -336,6 +339,12 @@ def test_numbers_that_make_no_run_are_named_before_weights_are_read(tiny_release
     ):
         assert train(tiny_release, tmp_path / "out", *options) == 2, options
         assert reason in capsys.readouterr().err, options
+
+
+def test_checkpoints_lie_in_the_results_where_they_can():
+    assert checkpoint_folder(Config(out="out")) == "out/checkpoints"
+    assert checkpoint_folder(Config(out="gs://bucket/out/")) == "gs://bucket/out/checkpoints"
+    assert checkpoint_folder(Config(out="s3://bucket/out", checkpoints="kept")) == "kept"
 
 
 def at_step(patch, number, action):
