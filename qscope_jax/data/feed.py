@@ -1,7 +1,8 @@
 """Rows of tokens for training: the same global batches whatever the number of processes, resumable to the token.
 
-Documents of each source are shuffled anew every epoch, without end; the i-th of that order belongs to virtual shard
-i mod V, which packs its own documents into its own rows. A global batch is rows / V rows of shard 0, of shard 1, ...
+Documents of each source are shuffled anew every epoch, without end or once; the i-th of that order belongs to virtual
+shard i mod V, which packs its own documents into its own rows. A global batch is rows / V rows of shard 0, of shard 1,
+and so on.
 """
 
 import copy
@@ -26,8 +27,9 @@ _AHEAD = 2  # batches prepared while the device works
 
 
 class Feed:
-    """An endless iterator of `Filled` batches [own rows, t], made by `open_feed`; every position holds a token.
+    """An endless iterator of `Filled` batches [own rows, t], made by `open_feed`.
 
+    Every position holds a token, but those behind the end of a feed that gives its documents once.
     `fingerprint` is JSON-able and decides what rows come; `documents` are the numbers of documents per source.
     """
 
@@ -74,7 +76,10 @@ class Feed:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Documents begun, and rows skipped because they hold none, over all epochs up to `state()`."""
+        """Documents begun, and those skipped because they hold no token, of the own shards up to `state()`.
+
+        In later epochs they count again. Both together are all documents where a feed by all shards has ended.
+        """
         runs = [run for state in self._state for run in state["runs"]]
         skipped = sum(run["skipped"] for run in runs)
         begun = sum(run["document"] + (run["offset"] > 0) for run in runs)
@@ -101,11 +106,12 @@ def open_feed(
     row_length: int,
     rows: int,
     shards: int,
-    own: range | None = None,
+    own: Sequence[int] | None = None,
     seed: int,
     split: Split = "train",
     held_out: float = 0.0,
     split_seed: int = 0,
+    once: bool = False,
     vocab_size: int,
     end_token: int | None = None,
     threads: int = 4,
@@ -113,7 +119,7 @@ def open_feed(
     """The rows that training reads, in endless global batches of `rows` x `row_length` tokens.
 
     To evaluate on N tokens, take the first N / (rows * row_length) batches of a held-out feed: a seed's are always the
-    same.
+    same. With `once` no document comes twice: a batch without any token means that there are no more.
 
     Args:
       sources: the corpora.
@@ -122,11 +128,13 @@ def open_feed(
       rows: rows of a global batch, over all processes.
       shards: virtual shards, V; it divides `rows`, and every number of processes the run shall have divides it. A
         batch comes from V places of the order: the more, the better mixed.
-      own: the shards read here; all by default.
+      own: the shards read here, in the order in which their rows shall come; all by default.
       seed: decides the order of documents and of sources.
       split: which documents: all but the held-out ones, or those.
       held_out: the share of every source's documents that is held out, at least one where it is above 0.
       split_seed: decides which; apart from `seed`, so that runs of other seeds hold out the same.
+      once: every document comes once. Positions behind the last are padding: their `mask` is False, tokens and segment
+        ids are 0. A source that has ended leaves its rows to the others.
       vocab_size: ids must be below it.
       end_token: an id put after every document; none by default.
       threads: how many shards are read and tokenised at once.
@@ -135,7 +143,7 @@ def open_feed(
       ValueError: a number that does not fit, a source with fewer documents than shards, and, while reading, an id
         beyond the vocabulary or a source without usable documents.
     """
-    own = range(shards) if own is None else own
+    own = range(shards) if own is None else [int(shard) for shard in own]
     shares = _shares(weights, len(sources))
     _check(rows, shards, own, row_length, threads, held_out)
     if end_token is not None and not 0 <= end_token < vocab_size:
@@ -148,7 +156,11 @@ def open_feed(
 
     def shard_rows(shard: int) -> ShardRows:
         endless = [Reshuffled(grain.MapDataset.source(d), o).repeat() for d, o in zip(chosen, orders, strict=True)]
-        runs = [TokenRun(s.name, d[shard::shards], end_token) for s, d in zip(sources, endless, strict=True)]
+        lasts = [len(range(shard, len(documents), shards)) if once else None for documents in chosen]
+        runs = [
+            TokenRun(s.name, d[shard::shards], end_token, last)
+            for s, d, last in zip(sources, endless, lasts, strict=True)
+        ]
         cuts, key = np.cumsum(shares)[:-1], make_key(seed, 2)
         return ShardRows(shard, runs, lambda row: np.searchsorted(cuts, uniform(key, row * shards + shard), "right"))
 
@@ -164,24 +176,10 @@ def open_feed(
         "split": split,
         "held_out": held_out,
         "split_seed": split_seed,
+        "once": once,
         "end_token": end_token,
     }
     return Feed(batches, json.loads(json.dumps(fingerprint)), tuple(len(documents) for documents in chosen))
-
-
-def own_shards(shards: int, process: int, processes: int) -> range:
-    """The virtual shards that a process reads.
-
-    Raises:
-      ValueError: the shards cannot be shared out evenly.
-    """
-    if not 0 <= process < processes or shards % processes:
-        raise ValueError(
-            f"{shards} virtual shards cannot be shared out evenly among {processes} processes (process {process}): the "
-            "number of processes must divide them"
-        )
-    each = shards // processes
-    return range(process * each, (process + 1) * each)
 
 
 class _Batches:
@@ -195,19 +193,18 @@ class _Batches:
     def make(self) -> tuple[Filled, State]:
         """The next batch, and the position after it."""
         shape = (len(self.shards), self._rows, self._length)
-        tokens, segment_ids = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        tokens, segment_ids, filled = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape[:2], int)
 
         def fill(first: int) -> None:
             for i in range(first, len(self.shards), self._threads):
-                self.shards[i].fill(tokens[i], segment_ids[i])
+                self.shards[i].fill(tokens[i], segment_ids[i], filled[i])
 
         filling = [self.pool.submit(fill, first) for first in range(self._threads)]
         wait(filling)  # before any error goes out: none may still be moving
         for future in filling:
             future.result()
-        flat = (-1, self._length)
-        filled = Filled(tokens.reshape(flat), np.ones(shape, bool).reshape(flat), segment_ids.reshape(flat))
-        return filled, self.state
+        mask = np.arange(self._length) < filled[..., None]
+        return Filled(*(array.reshape(-1, self._length) for array in (tokens, mask, segment_ids))), self.state
 
     @property
     def state(self) -> State:
@@ -226,13 +223,13 @@ def _shares(weights: Sequence[float] | None, sources: int) -> np.ndarray:
     return found / found.sum()
 
 
-def _check(rows: int, shards: int, own: range, row_length: int, threads: int, held_out: float) -> None:
+def _check(rows: int, shards: int, own: Sequence[int], row_length: int, threads: int, held_out: float) -> None:
     if min(rows, shards, row_length, threads) < 1 or rows % shards:
         raise ValueError(
             f"rows = {rows}, shards = {shards}, row_length = {row_length}, threads = {threads}; expected numbers above "
             "0, with shards dividing rows"
         )
-    if not own or not set(own) <= set(range(shards)):
-        raise ValueError(f"own = {own}; expected shards among 0..{shards - 1}")
+    if not own or len(set(own) & set(range(shards))) < len(own):
+        raise ValueError(f"own = {own}; expected shards among 0..{shards - 1}, each once")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out = {held_out}; expected a share from 0 to below 1")

@@ -1,7 +1,8 @@
 """Documents of one virtual shard, laid end to end and cut into full rows.
 
-A shard's documents of one source form an endless run of tokens; its rows are cut from that run, so a document may end
-in one row and go on in the next. Where the run stands is (document, tokens used of it): that is the whole state.
+A shard's documents of one source form a run of tokens, endless or one epoch long; its rows are cut from that run, so a
+document may end in one row and go on in the next. Where the run stands is (document, tokens used of it): that is the
+whole state.
 """
 
 import threading
@@ -19,13 +20,19 @@ _EPOCHS = 2  # orders kept at a time
 
 
 class TokenRun:
-    """The endless documents of one source and shard; element i of `documents` is token ids [n], or why there are none.
+    """The documents of one source and shard; element i of `documents` is token ids [n], or why there are none.
 
-    `end_token` is put after every document.
+    `end_token` is put after every document. The run ends before document number `last`; without it, never.
     """
 
-    def __init__(self, name: str, documents: "grain.MapDataset[np.ndarray | str]", end_token: int | None = None):
-        self._name, self._documents = name, documents
+    def __init__(
+        self,
+        name: str,
+        documents: "grain.MapDataset[np.ndarray | str]",
+        end_token: int | None = None,
+        last: int | None = None,
+    ):
+        self._name, self._documents, self._last = name, documents, last
         self._end = np.array([] if end_token is None else [end_token], np.int32)
         self.state = {"document": 0, "offset": 0, "skipped": 0}
 
@@ -39,8 +46,10 @@ class TokenRun:
         self._document, self._offset, self._skipped = (state[key] for key in ("document", "offset", "skipped"))
         self._tokens = None
 
-    def fill(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
+    def fill(self, tokens: np.ndarray, segment_ids: np.ndarray) -> int:
         """Writes the next tokens of the run into a row [t], and 0, 1, ... for its documents into `segment_ids` [t].
+
+        Returns how many it wrote: less than t only where the run ends, and the rest is left as it was.
 
         Raises:
           ValueError: no end of documents without a token, or a position within a document that is no longer so long.
@@ -49,17 +58,22 @@ class TokenRun:
         while filled < len(tokens):
             if self._tokens is None:
                 self._tokens = self._load()
+            if self._tokens is None:
+                break
             take = min(len(self._tokens) - self._offset, len(tokens) - filled)
             tokens[filled : filled + take] = self._tokens[self._offset : self._offset + take]
             segment_ids[filled : filled + take] = segment
             filled, segment, self._offset = filled + take, segment + 1, self._offset + take
             if self._offset == len(self._tokens):
                 self._document, self._offset, self._tokens = self._document + 1, 0, None
+        return filled
 
-    def _load(self) -> np.ndarray:
-        """The tokens of the document at hand, or of the next one that has any."""
+    def _load(self) -> np.ndarray | None:
+        """The tokens of the document at hand, or of the next one that has any; None at the end."""
         reason = ""
         for _ in range(_HOPELESS):
+            if self._document == self._last:
+                return None
             found = self._documents[self._document]
             if isinstance(found, np.ndarray) and len(found) + len(self._end) > self._offset:
                 return np.concatenate([found, self._end]) if len(self._end) else found
@@ -114,17 +128,23 @@ class Orders:
 
 
 class ShardRows:
-    """The rows of one virtual shard. `choose` says which of the runs each row, by its number, is cut from."""
+    """The rows of one virtual shard. `choose` says which of the runs each row, by its number, is cut from.
+
+    Where that run has ended, the next one gives the row: a row is empty only behind the end of all.
+    """
 
     def __init__(self, shard: int, runs: Sequence[TokenRun], choose: Callable[[np.ndarray], np.ndarray]):
         self.shard, self._runs, self._choose, self._row = shard, runs, choose, 0
 
-    def fill(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
-        """Writes the next rows into `tokens` and `segment_ids`, both [rows, t]."""
+    def fill(self, tokens: np.ndarray, segment_ids: np.ndarray, filled: np.ndarray) -> None:
+        """Writes the next rows into `tokens` and `segment_ids`, both [rows, t], and their lengths into `filled`."""
         chosen = self._choose(np.arange(self._row, self._row + len(tokens)))
-        for run, row, ids in zip(chosen, tokens, segment_ids, strict=True):
-            self._runs[run].fill(row, ids)
+        for i, run in enumerate(chosen):
+            filled[i] = next(filter(None, (r.fill(tokens[i], segment_ids[i]) for r in self._from(run))), 0)
         self._row += len(tokens)
+
+    def _from(self, run: int) -> Sequence[TokenRun]:
+        return (*self._runs[run:], *self._runs[:run])
 
     @property
     def state(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qscope_jax.data.feed import open_feed, own_shards
+from qscope_jax.data.feed import open_feed
 from qscope_jax.data.seeding import split_documents
 from qscope_jax.data.synthetic import SyntheticDocuments
 from qscope_jax.files.differences import differences
@@ -41,6 +41,11 @@ def lengths(count, longest=40, seed=0):
 def feed(sources, **options):
     settings = {"row_length": 16, "rows": 8, "shards": 4, "seed": 0, "vocab_size": 100_000, "threads": 2}
     return open_feed(sources, **{**settings, **options})
+
+
+def own(process, processes):
+    """The share of the four shards."""
+    return range(process * 4 // processes, (process + 1) * 4 // processes)
 
 
 def take(opened, batches):
@@ -115,10 +120,20 @@ def test_nothing_is_added_between_documents_unless_an_end_token_is_asked_for():
 def test_the_global_batches_are_the_same_whatever_the_number_of_processes(processes):
     sources = [Numbered(lengths(40)), Numbered(lengths(30, seed=1), name="other")]
     alone = take(feed(sources, weights=[1, 2]), 6)
-    parts = [take(feed(sources, weights=[1, 2], own=own_shards(4, p, processes)), 6) for p in range(processes)]
+    parts = [take(feed(sources, weights=[1, 2], own=own(p, processes)), 6) for p in range(processes)]
     for step, whole in enumerate(alone):
         for i, array in enumerate(whole):
             np.testing.assert_array_equal(array, np.concatenate([part[step][i] for part in parts]))
+
+
+def test_shards_need_not_be_neighbours_and_come_in_the_order_asked_for():
+    source = Numbered(lengths(40), bad=[3])
+    whole, part = feed([source]), feed([source], own=np.array([3, 0]))
+    expected = [[np.concatenate([np.split(a, 4)[s] for s in (3, 0)]) for a in batch] for batch in take(whole, 6)]
+    assert equal(take(part, 6), expected)
+    assert json.loads(json.dumps(part.state())) == [whole.state()[3], whole.state()[0]]
+    part.restore(feed([source]).state())
+    assert equal(take(part, 6), expected)
 
 
 def test_threads_change_nothing():
@@ -156,11 +171,11 @@ def test_a_state_is_that_of_the_batches_given_out_and_not_of_those_prepared():
 
 def test_another_number_of_processes_goes_on_with_the_same_rows():
     source = Numbered(lengths(40))
-    two = [feed([source], own=own_shards(4, p, 2)) for p in range(2)]
+    two = [feed([source], own=own(p, 2)) for p in range(2)]
     for opened in two:
         take(opened, 5)
     states = [state for opened in two for state in opened.state()]
-    four = [feed([source], own=own_shards(4, p, 4)) for p in range(4)]
+    four = [feed([source], own=own(p, 4)) for p in range(4)]
     for opened in four:
         opened.restore(states)
     expected = take(feed([source]), 8)[5:]
@@ -199,6 +214,59 @@ def test_the_held_out_share_is_exact_and_at_least_one(documents, share, held):
     kept, out = (split_documents(documents, split, share, 3) for split in ("train", "held-out"))
     assert len(out) == held
     assert sorted([*kept, *out]) == list(range(documents))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_once_every_document_comes_once_and_then_only_pads(shards):
+    sizes = lengths(48)
+    sizes[7] = 0
+    opened = feed([Numbered(sizes, bad=[3, 17])], shards=shards, once=True)
+    batches = take(opened, 12)
+    expected = {(n, i) for n in set(range(48)) - {3, 7, 17} for i in range(sizes[n])}
+    found = np.concatenate([batch.tokens[batch.mask] for batch in batches])
+    assert len(found) == len(expected)
+    assert {divmod(int(token), 100) for token in found} == expected
+    for batch in batches:
+        assert not batch.tokens[~batch.mask].any()
+        assert not batch.segment_ids[~batch.mask].any()
+        assert (batch.mask[:, :-1] >= batch.mask[:, 1:]).all()  # pads are behind the tokens of a row
+    assert [bool(batch.mask.any()) for batch in batches] == sorted(
+        (batch.mask.any() for batch in batches), reverse=True
+    )
+    assert not batches[-1].mask.any()
+    assert opened.counts == {"documents": 45, "skipped": 3}
+
+
+def test_once_the_first_rows_are_those_of_an_endless_feed():
+    source = Numbered(lengths(48))
+    assert equal(take(feed([source], once=True), 5), take(feed([source]), 5))
+
+
+def test_once_a_source_that_has_ended_leaves_its_rows_to_the_others():
+    sources = [Numbered([8] * 16), Numbered([9] * 64, name="other"), Numbered([0] * 4, name="nothing")]
+    opened = feed(sources, weights=[20, 1, 20], shards=1, rows=4, once=True)
+    batches = take(opened, 13)
+    assert [int(batch.mask.sum()) for batch in batches[:11]] == [64] * 11  # 16 * 8 + 64 * 9 = 11 * 64
+    assert not batches[11].mask.any()
+    found = np.sort(np.concatenate([batch.tokens[batch.mask] for batch in batches]))
+    expected = [[np.arange(n) + 100 * i for i in range(count)] for n, count in ((8, 16), (9, 64))]
+    np.testing.assert_array_equal(found, np.sort(np.concatenate([np.concatenate(each) for each in expected])))
+    assert opened.counts == {"documents": 80, "skipped": 4}
+
+
+@pytest.mark.parametrize("before", [3, 6, 9])
+def test_once_a_feed_goes_on_from_a_state_also_by_other_processes(before):
+    source = Numbered(lengths(40), bad=[3, 17])
+    opened = feed([source], once=True)
+    take(opened, before)
+    states = json.loads(json.dumps(opened.state()))
+    parts = [feed([source], once=True, own=own(p, 2)) for p in range(2)]
+    for part in parts:
+        part.restore(states)
+    steps = zip(*(take(part, 5) for part in parts), strict=True)
+    joined = [[np.concatenate(arrays) for arrays in zip(*each, strict=True)] for each in steps]
+    assert equal(joined, take(opened, 5))
+    assert opened.counts == {"documents": 38, "skipped": 2}
 
 
 def test_documents_without_tokens_are_skipped_and_counted():
@@ -261,6 +329,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error_with_its_place():
         ({"row_length": 0}, "numbers above 0"),
         ({"own": range(2, 6)}, r"shards among 0\.\.3"),
         ({"own": range(0)}, r"shards among 0\.\.3"),
+        ({"own": [1, 3, 1]}, r"own = \[1, 3, 1\]; expected shards among 0\.\.3, each once"),
         ({"weights": [1, 2]}, "a number above 0 for each"),
         ({"weights": [0]}, "a number above 0 for each"),
         ({"weights": [float("nan")]}, "a number above 0 for each"),
@@ -271,12 +340,6 @@ def test_an_id_beyond_the_vocabulary_is_an_error_with_its_place():
 def test_settings_that_do_not_fit_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         feed([Numbered([9] * 8)], **options)
-
-
-def test_processes_share_the_shards_evenly_or_are_refused():
-    assert [own_shards(8, p, 4) for p in range(4)] == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
-    with pytest.raises(ValueError, match="8 virtual shards cannot be shared out evenly among 3 processes"):
-        own_shards(8, 0, 3)
 
 
 def test_a_state_that_does_not_belong_here_is_refused():
@@ -302,6 +365,7 @@ def test_a_state_that_does_not_belong_here_is_refused():
         ({"row_length": 8}, "row_length: was 16, is 8"),
         ({"end_token": 5}, "end_token: was null, is 5"),
         ({"held_out": 0.1}, "held_out: was 0.0, is 0.1"),
+        ({"once": True}, "once: was false, is true"),
     ],
 )
 def test_the_fingerprint_names_what_differs(options, line):
