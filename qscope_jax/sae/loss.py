@@ -7,7 +7,7 @@ e_hat decodes, without a bias, the aux_k largest pre-activations of dead latents
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from qscope_jax.sae.model import Contract
 
 _WIDE = 4  # BatchTopK gives a token at most this many times k latents
 _AUX_POOL = 4  # AuxK looks at this many times aux_k dead latents, those that have been silent for longest
+
+
+_Tree = TypeVar("_Tree")
 
 
 class Weights(NamedTuple):
@@ -53,8 +56,8 @@ class Objective:
     dead_after: int = 10_000_000
     """Tokens after which a latent that never fired counts as dead."""
     dtype: Any = jnp.float32
-    """Of the copies of weights and inputs that products are made of. Products are summed in float32; the gradients of
-    matrices take this type once, before they are summed over devices and go into the float32 moments."""
+    """Of the copies of matrices and inputs that products are made of; all sums are float32. What a device adds to the
+    gradient of a matrix takes this type once, before it is summed over devices."""
     contract: Contract = "exact"
 
     def __post_init__(self):
@@ -171,7 +174,8 @@ def reconstruction_loss(
     weights: Weights, x: Float[Array, "n d"], keep: Bool[Array, "n"], objective: Objective, axes: Axes = ALONE
 ) -> tuple[jax.Array, _Seen]:
     """The first part of the loss: the share of |x|^2 that is left, the mean over Matryoshka's prefixes if there are."""
-    copies = jax.tree.map(lambda a: a.astype(objective.dtype), weights)
+    weights = _spread(weights, axes)
+    copies = weights._replace(w_enc=weights.w_enc.astype(objective.dtype), w_dec=weights.w_dec.astype(objective.dtype))
     values, indices = _encode(copies, x.astype(objective.dtype), keep, objective, axes)
     energy = jnp.maximum(_sum(jnp.sum(x * x), axes.data), jnp.finfo(jnp.float32).tiny)
     x_hat, parts, error = weights.b_dec, [], x
@@ -264,6 +268,7 @@ def _add_auxiliary(gradients, loss, weights, idle, x, error, keep, objective: Ob
 
 def auxiliary_loss(rows: _Rows, valid, x, error, keep, objective: Objective, axes: Axes = ALONE) -> jax.Array:
     """AuxK without its weight: how much of the error [n, d] the dead latents in `rows` leave, as a share of it."""
+    rows = _spread(rows, axes)
     dtype, options = objective.dtype, {"preferred_element_type": jnp.float32, "precision": _precision(objective)}
     pre = jnp.matmul(x.astype(dtype), rows.w_enc.astype(dtype).T, **options) + rows.b_enc
     scores = jnp.where(valid, jax.lax.stop_gradient(pre), -jnp.inf)
@@ -286,6 +291,14 @@ def _longest_idle(idle, objective: Objective, axes: Axes) -> tuple[jax.Array, ja
         times, place = jax.lax.top_k(times, count)
         chosen = chosen[place]
     return chosen, times > objective.dead_after
+
+
+def _spread(tree: _Tree, axes: Axes) -> _Tree:
+    """The same, held to differ between devices that have other tokens: here, in float32, gradients are summed over
+    them. Behind a cast they would be summed in its type."""
+    if axes.data is None:
+        return tree
+    return jax.tree.map(lambda a: jax.lax.pcast(a, axes.data, to="varying"), tree)
 
 
 def _precision(objective: Objective) -> str | None:

@@ -151,16 +151,17 @@ class Trainer:
         return make(shape, self._dtype, self.mesh) if plan.buffer else None
 
 
-def buffer_batches(size: int | None, plan_bytes: int, rows: int) -> int:
-    """How many batches a buffer of `size` bytes holds, at `plan_bytes` each.
+def buffer_batches(size: int | None, batch_bytes: int, rows: int, devices: int) -> int:
+    """How many batches, of `batch_bytes` each, a buffer of `size` bytes over all devices holds.
 
-    By default as many as make a step's tokens come from 256 rows or more, at most 8 and at most 8 GiB of them.
+    By default as many as make a step's tokens come from 256 rows, fresh ones among them; at most 8, and at most 8 GiB
+    on each of the `devices` that it is split over.
 
     Raises:
       ValueError: the size is negative.
     """
     if size is None:
-        return max(0, min(math.ceil(256 / rows) - 1, 8, (8 << 30) // plan_bytes))
+        return max(0, min(math.ceil(256 / rows) - 1, 8, devices * (8 << 30) // batch_bytes))
     if size < 0:
         raise ValueError(f"a buffer of {size} bytes: expected at least 0")
-    return size // plan_bytes
+    return size // batch_bytes

@@ -102,7 +102,9 @@ def _fresh(group: Group, seed: int, norms: Norms) -> SaeState:
     f = group.objective.d_sae
 
     def weights_of(layer):
-        rows = jax.random.normal(jax.random.fold_in(jax.random.key(seed), layer), (f, d), jnp.float32)
+        rows = jax.random.normal(
+            jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), layer), (f, d), jnp.float32
+        )
         rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
         return Weights(rows, jnp.zeros(f), rows, jnp.zeros(d))
 

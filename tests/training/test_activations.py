@@ -1,6 +1,7 @@
 """Residual streams for training: no token is lost or twice, the order is that of seed, step and shard, on any mesh."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from qscope_jax.training.activations import (
     make_exchange,
     make_fill,
     measure_norms,
+    own_part,
     place_rows,
 )
 
@@ -96,6 +98,13 @@ def test_the_order_depends_on_the_seed_and_the_step():
     assert len({order(0, 0), order(0, 1), order(1, 0)}) == 3
 
 
+def test_a_buffer_of_one_batch_mixes_it_with_the_fresh_one():
+    slots, fresh = jnp.zeros((1, V, 8, 1)), Activations(jnp.ones((1, 8 * V, 1)), jnp.ones(8 * V, bool))
+    mixer, out = make_exchange(0)(Mixer(slots, jnp.ones((V, 8), bool)), fresh, 0)
+    assert 0.3 < out.x.mean() < 0.7
+    np.testing.assert_array_equal(mixer.x.sum(axis=2)[0, :, 0] + out.x.reshape(V, 8).sum(axis=1), np.full(V, 8))
+
+
 @pytest.fixture(scope="module")
 def backbone(tiny_release):
     return load_backbone(tiny_release / "model", dtype="float32")
@@ -142,8 +151,21 @@ def test_norms_are_those_of_all_tokens_but_sinks():
         np.testing.assert_allclose(found.scale[layer], np.sqrt(kept.var(axis=0).mean()), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("value", "mask"), [(np.nan, True), (np.inf, True), (1.0, False)])
-def test_norms_of_nothing_or_of_something_not_finite_are_refused(value, mask):
+@pytest.mark.parametrize(
+    ("value", "mask", "error"),
+    [(np.nan, True, FloatingPointError), (np.inf, True, FloatingPointError), (1.0, False, ValueError)],
+)
+def test_norms_of_nothing_or_of_something_not_finite_are_refused(value, mask, error):
     given = Activations(jnp.full((L, 4, D), value), jnp.full(4, mask))
-    with pytest.raises(ValueError, match="finite norms"):
+    with pytest.raises(error, match="finite"):
         measure_norms(lambda _, number: given, {}, [(0,)])
+
+
+def test_a_process_reads_the_places_of_its_own_devices_wherever_they_are():
+    def mesh(*processes):
+        devices = np.array([[SimpleNamespace(process_index=p)] for p in processes])
+        return SimpleNamespace(devices=devices, shape={"data": len(processes), "model": 1})
+
+    assert own_part(None, 3) == (0, 1, 2)
+    assert own_part(mesh(0, 1, 1, 0), 8) == (0, 1, 6, 7)
+    assert own_part(mesh(1, 0, 1), 3) == (1,)
