@@ -96,7 +96,7 @@ class EvalStep:
     """The jitted parts, made by `make_eval_step`; `traces` lists what was compiled, as (part, batch shape).
 
     A call folds one batch in: (params, saes, sink_thresholds, state, batch, predict=True) -> state. Without `predict`
-    the replaced forwards are left out, and with them all that is said of cross-entropy.
+    the replaced forwards and all logits are left out, and with them all that is said of cross-entropy.
     """
 
     def __init__(self, config: ModelConfig, layers: tuple[int, ...]):
@@ -158,8 +158,8 @@ class EvalStep:
 
     def _run_clean(self, params, batch, totals, predict):
         self.traces.append(("clean", batch[0].shape))  # Python runs only while jit traces: once per compilation
-        clean = run_clean(params, self.config, batch, self.layers)
-        sums = (jnp.where(predict, clean.sums[name], 0) for name in ("cross_entropy", "tokens"))
+        clean = run_clean(params, self.config, batch, self.layers, predict)
+        sums = (clean.sums[name] for name in ("cross_entropy", "tokens"))
         return clean, tuple(map(add_totals, totals, map(as_total, (*sums, jnp.float32(batch[0].size)))))
 
     def _run_fold(self, state, params, captured, i, mask, threshold, *, shape: SaeConfig):

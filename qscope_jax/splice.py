@@ -31,15 +31,24 @@ def splice(
     return jnp.where(keep[..., None], replacement.astype(h.dtype), h)
 
 
-def run_clean(params: Params, config: ModelConfig, batch: Sequence[jax.Array], layers: tuple[int, ...]) -> Clean:
-    """The model by itself; `sums` are those of `cross_entropy_loss`, over the positions that have a next token."""
+def run_clean(
+    params: Params,
+    config: ModelConfig,
+    batch: Sequence[jax.Array],
+    layers: tuple[int, ...],
+    predict: bool | Bool[Array, ""] = True,
+) -> Clean:
+    """The model by itself; `sums` are those of `cross_entropy_loss`, over the positions that have a next token.
+
+    Without `predict` they are 0, and the logits, which cost as much as many a layer, are not computed.
+    """
     tokens, mask, segment_ids = batch
     out = forward(params, config, tokens, mask=mask, segment_ids=segment_ids, capture=layers, logits="none")
     assert out.hidden is not None  # there is no stop_after
-    head, targets = output_head(params, config), next_tokens(tokens, mask, segment_ids)
-    return Clean(
-        out.captured, out.hidden, cross_entropy_loss(out.hidden, head, *targets, precision=config.precision)[1]
-    )
+    head, targets, hidden = output_head(params, config), next_tokens(tokens, mask, segment_ids), out.hidden
+    sums = lambda: cross_entropy_loss(hidden, head, *targets, precision=config.precision)[1]  # noqa: E731
+    none = {"cross_entropy": jnp.zeros(()), "tokens": jnp.zeros(())}
+    return Clean(out.captured, hidden, jax.lax.cond(predict, sums, lambda: none))
 
 
 def run_spliced(

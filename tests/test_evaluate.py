@@ -14,6 +14,7 @@ from qscope_jax.evaluate import evaluate_saes, make_eval_step, summarize_evaluat
 from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae, SaeConfig, SaeParams, decode, encode, init_sae
+from qscope_jax.splice import run_clean
 from qscope_jax.taps import Tap
 
 D, F, B, T, LAYERS = 16, 64, 8, 12, 2
@@ -212,6 +213,28 @@ def test_cross_entropy_can_be_measured_on_the_first_batches_alone_or_not_at_all(
     for name in ("predicted_tokens", "ce_clean", "ce_spliced", "ce_zero", "kl"):
         assert one[1][name] == alone[1][name]
     assert one[1]["tokens"] == found[1]["tokens"]
+
+
+def test_where_nothing_is_predicted_no_logits_are_computed(backbone, batches):
+    def logits(jaxpr, found=()):
+        """The conditionals, from the outside in, around every operation that gives something for each id."""
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            inner = (*found, *equation.params["branches"]) if name == "cond" else found
+            if any(v.aval.shape[-1:] == (320,) and len(v.aval.shape) > 2 for v in equation.outvars):
+                yield inner
+            for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                    yield from logits(getattr(part, "jaxpr", part), inner)
+
+    run = lambda predict: run_clean(backbone.params, backbone.config, batches[0], (0, 1), predict)  # noqa: E731
+    around = list(logits(jax.make_jaxpr(run)(True).jaxpr))
+    assert around
+    assert all(around)
+    with_sums, without = jax.jit(run)(True), jax.jit(run)(False)
+    assert with_sums.sums["tokens"] > 0
+    assert without.sums == {"cross_entropy": 0, "tokens": 0}
+    np.testing.assert_array_equal(without.hidden, with_sums.hidden)
 
 
 @pytest.mark.parametrize(
