@@ -135,7 +135,7 @@ def _plan(backbone: Backbone, objective: Objective, *, rows: int) -> Plan:
     layers, params = tuple(range(backbone.config.num_layers)), backbone.params["embed"]
     group = Group(layers, objective, Schedule(1e-4, steps=1_000_000, decay=0))
     size = len(layers) * rows * 512 * params.shape[1] * params.dtype.itemsize
-    return Plan((group,), 0, rows, 512, 4, buffer_batches(None, size, rows))
+    return Plan((group,), 0, rows, 512, 4, buffer_batches(None, size, rows, 1))
 
 
 def _released() -> Backbone:
