@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from qscope_jax.sae.formats.find import layer_file_name, layer_ranges
@@ -17,12 +17,14 @@ from qscope_jax.sae.quality import SINK_FACTOR
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _TAGS = ("sparse-autoencoder", "topk", "interpretability", "qscope-jax")
+_IN_TRAINING = "dead_in_training"  # the one metric that is not of held-out data
 # metric of `quality` -> heading and format; in the order of the table
 _COLUMNS: dict[str, tuple[str, str]] = {
     "fvu": ("FVU", "{:.4f}"),
     "explained_variance": ("explained variance", "{:.4f}"),
     "l0": ("L0", "{:.1f}"),
     "dead_fraction": ("dead", "{:.2%}"),
+    _IN_TRAINING: ("silent for {tokens:,} tokens in training", "{:.2%}"),
     "cosine": ("cosine", "{:.4f}"),
     "ce_recovered": ("CE recovered", "{:.4f}"),
     "kl": ("KL, nats", "{:.4f}"),
@@ -30,7 +32,8 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 _EXPLAINED = {
     "fvu": "FVU is the squared error over the variance about the mean, both summed over all tokens and dimensions.",
-    "dead_fraction": "A latent is dead if it fired on none of these tokens.",
+    "dead_fraction": "A latent is dead if it fired on none of these tokens; on more tokens fewer are.",
+    _IN_TRAINING: "Those silent in training fired on none of its last tokens, so many or more.",
     "ce_recovered": (
         "CE recovered is (CE with the layer zeroed - CE with the SAE spliced in) / (CE with it zeroed - CE as it is)."
     ),
@@ -54,6 +57,7 @@ class Card:
       sink_thresholds: layer -> residual norm above which tokens counted neither in training nor in these figures.
       license: an identifier of the hub; "other" where nothing was decided.
       format: of the files in the folder.
+      dead_after: the tokens that `dead_in_training` in `quality` means.
     """
 
     title: str
@@ -65,6 +69,7 @@ class Card:
     sink_thresholds: Mapping[int, float] = dataclasses.field(default_factory=dict)
     license: str = "other"
     format: Literal["safetensors", "qwen-scope"] = "safetensors"
+    dead_after: int = 0
 
 
 def render_card(card: Card) -> str:
@@ -159,18 +164,40 @@ x_hat = latents @ sae["W_dec"].T + sae["b_dec"]  # columns of W_dec are the feat
 
 
 def _quality(card: Card) -> str:
-    measured = sorted(card.quality.items())
-    numbers = {layer: {key: row[key] for key in _COLUMNS if _is_number(row.get(key))} for layer, row in measured}
-    shown = [key for key in _COLUMNS if any(key in row for row in numbers.values())]
-    if not shown:
-        return "## Quality\n\nNothing was measured. `qscope eval-sae` does."
-    cells = [
-        [str(layer), *(_COLUMNS[key][1].format(row[key]) if key in row else "" for key in shown)]
-        for layer, row in numbers.items()
-    ]
-    table = _table(["layer", *(_COLUMNS[key][0] for key in shown)], cells)
-    words = [f"Measured on {card.measured_on}.", *(_EXPLAINED[key] for key in shown if key in _EXPLAINED)]
-    return f"## Quality\n\n{table}\n\n{' '.join(words)}"
+    rows = [card.quality[layer] for layer in sorted(card.quality)]
+    shown = [key for key in _COLUMNS if any(_is_number(row.get(key)) for row in rows)]
+    words = [_measured(card, rows, shown), *(_EXPLAINED[key] for key in shown if key in _EXPLAINED)]
+    parts = ["## Quality", " ".join(words)]
+    if shown:
+        head = ["layer", *(_COLUMNS[key][0].format(tokens=card.dead_after) for key in shown)]
+        cells = [
+            [str(layer), *(_COLUMNS[key][1].format(row[key]) if _is_number(row.get(key)) else "" for key in shown)]
+            for layer, row in zip(sorted(card.quality), rows, strict=True)
+        ]
+        parts.insert(1, _table(head, cells))
+    return "\n\n".join(parts)
+
+
+def _measured(card: Card, rows: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> str:
+    """On what, and on how many tokens each figure is."""
+    if not set(shown) - {_IN_TRAINING}:
+        return "Nothing was measured. `qscope eval-sae` does."
+    text = f"Measured on {card.measured_on}"
+    if (tokens := _span(row.get("tokens") for row in rows)) is not None:
+        text += f": in a layer, {tokens} tokens that count"
+    if (predicted := _span(row.get("predicted_tokens") for row in rows)) is not None and {"ce_recovered", "kl"} & set(
+        shown
+    ):
+        text += f"; CE and KL on {predicted} predicted tokens, the first of them"
+    return text + "."
+
+
+def _span(values: Iterable[Any]) -> str | None:
+    """The least and the greatest number; None if there is none."""
+    if not (known := [round(value) for value in values if _is_number(value)]):
+        return None
+    least, greatest = min(known), max(known)
+    return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
 
 
 def _training(card: Card) -> str:

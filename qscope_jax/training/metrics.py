@@ -1,6 +1,7 @@
 """What a training run tells while it runs: metrics.jsonl, TensorBoard and wandb when asked, a trace for XProf."""
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,20 @@ Write = Callable[[int, dict[str, float]], None]
 _WARM = 10  # steps of this process before a trace begins
 
 
+def check_writers(names: Sequence[Writer]) -> None:
+    """Refuses writers whose package is not there.
+
+    Raises:
+      ValueError: the package of a writer is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise ValueError(f"--log {name} needs one more package: pip install 'qscope-jax[logging]'")
+
+
 class TrainLog:
     """Reports of steps, averaged from line to line, in `folder`/metrics.jsonl. Every process calls it alike; the first
-    one writes.
+    one writes. Leaving its `with` block, in whatever way, calls `close`.
 
     Args:
       folder: where metrics.jsonl, tensorboard/ and profile/ lie.
@@ -32,9 +44,6 @@ class TrainLog:
       first: the step that the run goes on from; lines behind it are dropped, as they are made again.
       pending: what `pending` was at that step.
       profile: how many steps to trace.
-
-    Raises:
-      ValueError: the package of a writer is not installed.
     """
 
     def __init__(
@@ -54,13 +63,20 @@ class TrainLog:
             jax.tree.unflatten(form, [np.array(leaf, np.float64) for leaf in leaves]) for leaves in pending
         ]
         self._writes, self._closes = list[Write](), contextlib.ExitStack()
-        self._taken, self._profile = 0, profile
+        self._taken, self._profile, self._tracing = 0, profile, False
+        self._mostly = dict[str, int]()  # per SAE, the steps of successive lines of which it skipped more than half
         if jax.process_index() == 0:
             write_text(self._path, "".join(_lines_until(self._path, first)))
             for name in writers:
-                write, close = _WRITERS[name](folder)
+                write, close = _WRITERS[name](folder, first)
                 self._writes.append(write)
                 self._closes.callback(close)
+
+    def __enter__(self) -> "TrainLog":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def pending(self) -> list[list[Any]]:
         """The reports since the last line, as JSON holds them, for a checkpoint: the next line tells of them too."""
@@ -76,11 +92,17 @@ class TrainLog:
         self._taken += 1
         if self._profile and self._taken == _WARM:
             jax.profiler.start_trace(str(self._folder / "profile"))
-        if self._profile and self._taken == _WARM + self._profile:
+            self._tracing = True
+        if self._tracing and self._taken == _WARM + self._profile:
+            jax.block_until_ready(self._pending)
             self._end_trace()
 
     def write(self, step: int, judged: tuple[Report, ...] | None = None) -> tuple[dict[str, int], str]:
-        """Writes a line; returns per SAE how many steps in a row it has skipped, and a summary for a person.
+        """Writes a line; returns for how many steps each SAE has been failing, and a summary for a person.
+
+        An SAE is failing for as many steps as it skipped in a row at most, at any time since the last line; or for all
+        steps of the last lines, this one among them, of each of which it skipped more than half (those that a process
+        before wrote do not count).
 
         Args:
           step: how many steps are done.
@@ -90,14 +112,14 @@ class TrainLog:
         self._pending.clear()
         held_out = jax.tree.map(to_host, judged)
         line: dict[str, Any] = {"step": step, "tokens": step * self._plan.batch_tokens}
-        failing, told = {}, []
+        failing, told = dict[str, np.ndarray](), list[str]()
         for number, (group, report) in enumerate(zip(self._plan.groups, reports, strict=True)):
             own = {str(layer): _numbers(report, i) for i, layer in enumerate(group.layers)}
             for i, numbers in enumerate(own.values()):
                 if held_out is not None:
                     numbers["held_out_fvu"] = _number(held_out[number].fvu[i])
             line[group.name] = own
-            failing |= {f"{group.name} layer {n}": int(report.failing[-1, i]) for i, n in enumerate(group.layers)}
+            failing |= {f"{group.name} layer {n}": report.failing[:, i] for i, n in enumerate(group.layers)}
             told.append(_told(own))
         if jax.process_index() == 0:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -106,17 +128,25 @@ class TrainLog:
                     for k, v in own.items() if v is not None}  # fmt: skip
             for write in self._writes:
                 write(step, flat)
-        return failing, "; ".join(told)
+        return {name: self._failing(name, counts) for name, counts in failing.items()}, "; ".join(told)
 
     def close(self) -> None:
         """Ends a trace that is under way, and what else is open."""
-        if self._profile and _WARM <= self._taken < _WARM + self._profile:
+        try:
             self._end_trace()
-        self._closes.close()
+        finally:
+            self._closes.close()
+
+    def _failing(self, name: str, counts: np.ndarray) -> int:
+        """As `write` says; `counts` are the steps that an SAE had skipped in a row, after each step since a line."""
+        mostly = 2 * np.count_nonzero(counts) > len(counts)
+        self._mostly[name] = self._mostly.get(name, 0) + len(counts) if mostly else 0
+        return max(int(counts.max()), self._mostly[name])
 
     def _end_trace(self) -> None:
-        jax.block_until_ready(self._pending)
-        jax.profiler.stop_trace()
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
@@ -148,12 +178,10 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _tensorboard(folder: Path) -> tuple[Write, Callable[[], None]]:
-    try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError("--log tensorboard needs one more package: pip install 'qscope-jax[logging]'") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
+def _tensorboard(folder: Path, first: int) -> tuple[Write, Callable[[], None]]:
+    from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)  # those steps are made again
 
     def write(step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
@@ -162,16 +190,16 @@ def _tensorboard(folder: Path) -> tuple[Write, Callable[[], None]]:
     return write, writer.close
 
 
-def _wandb(folder: Path) -> tuple[Write, Callable[[], None]]:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError("--log wandb needs one more package: pip install 'qscope-jax[logging]'") from None
+def _wandb(folder: Path, first: int) -> tuple[Write, Callable[[], None]]:
+    import wandb  # type: ignore[import-not-found]
+
+    del first  # a run that goes on is another run there
     run = wandb.init(dir=str(folder), project="qscope-train-sae")
     return lambda step, numbers: run.log(numbers, step=step), run.finish
 
 
-_WRITERS: dict[Writer, Callable[[Path], tuple[Write, Callable[[], None]]]] = {
+_PACKAGES: dict[Writer, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+_WRITERS: dict[Writer, Callable[[Path, int], tuple[Write, Callable[[], None]]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
 }

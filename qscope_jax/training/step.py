@@ -16,7 +16,7 @@ from qscope_jax.sae.loss import Axes, Report, encoder_scale, judge, sae_gradient
 from qscope_jax.training.optimizer import apply_gradients
 from qscope_jax.training.state import Group, ModelAxis, SaeState, TrainState, axes_of, specs
 
-_NEVER = 1 << 30  # idle counters stop here, before they overflow
+NEVER = 1 << 30  # idle counters stop here, before they overflow
 
 
 class StepReport(NamedTuple):
@@ -150,7 +150,7 @@ def _train_one(group: Group, saes: SaeState, i, step, x, mask, axes: Axes) -> tu
     weights, adam, norm, taken = apply_gradients(
         saes.weights, saes.adam, i, learned.gradients, rate, clip=group.clip, sound=jnp.isfinite(report.loss), axes=axes
     )
-    idle = jnp.where(learned.fired, 0, jnp.minimum(sae.idle + report.tokens.astype(jnp.int32), _NEVER))
+    idle = jnp.where(learned.fired, 0, jnp.minimum(sae.idle + report.tokens.astype(jnp.int32), NEVER))
     counts = {
         "idle": jnp.where(taken, idle, sae.idle),
         "skipped": sae.skipped + ~taken,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import fsspec
 import jax
@@ -15,9 +16,11 @@ import pytest
 from qscope_jax.backbone.config import read_config
 from qscope_jax.backbone.weights import Backbone, load_backbone, save_backbone
 from qscope_jax.evaluate import DEFINITIONS
+from qscope_jax.jobs import train_results
 from qscope_jax.jobs import train_sae as job
 from qscope_jax.jobs.run import EXIT_INTERRUPTED
-from qscope_jax.jobs.train_config import Config, checkpoint_folder, plan_for
+from qscope_jax.jobs.train_config import Config, checkpoint_folder, fewer_shards, plan_for
+from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.training import checkpoints as checkpoints_module
 from qscope_jax.training.checkpoint_folder import open_folder
@@ -45,12 +48,21 @@ def test_a_run_leaves_saes_with_their_quality_and_a_card(whole):
     assert all(sae.config.backbone == "model" and (sae.config.sink_threshold or 0) > 0 for sae in saes.values())
     assert all(np.isfinite(leaf).all() for sae in saes.values() for leaf in sae.params)
     told = json.loads((whole / "sae" / "quality.json").read_text(encoding="utf-8"))
-    assert told["definitions"] == DEFINITIONS
-    assert told["measured_on"] == "documents held out from training, 0.01 of synthetic"
+    assert told["definitions"].items() >= DEFINITIONS.items()
+    assert told["documents"] >= 1
+    assert told["real_tokens"] == 128
+    assert told["measured_on"] == (
+        f"{told['documents']:,} documents of {told['real_tokens']:,} tokens, held out from training (0.01 of synthetic)"
+    )
     assert 0 < told["layers"]["1"]["tokens"] <= 128
+    assert 0 <= told["layers"]["1"]["dead_in_training"] <= 1
     assert (whole / "sae" / "quality.png").read_bytes().startswith(b"\x89PNG")
     card = (whole / "sae" / "README.md").read_text(encoding="utf-8")
     assert f"| {told['layers']['0']['fvu']:.4f} |" in card
+    assert "silent for 256 tokens in training" in card
+    assert f"| {told['layers']['0']['dead_in_training']:.2%} |" in card
+    assert told["measured_on"] in card
+    assert f"CE and KL on {told['layers']['0']['predicted_tokens']:.0f} predicted tokens" in card
 
 
 def test_the_manifest_and_the_metrics_tell_of_the_run(whole):
@@ -166,7 +178,10 @@ def test_what_is_never_finite_ends_the_run_with_the_last_good_state(tiny_release
         patch.setattr(Trainer, "collect", poisoned)  # the buffer takes two batches
         assert train(tiny_release, tmp_path, "--max-failing", "3", "--steps", "40") == 2
     told = capsys.readouterr().err
-    assert "W32-L0_4 layer 0, W32-L0_4 layer 1: the last 3 steps or more gave no finite loss" in told
+    assert (
+        "W32-L0_4 layer 0, W32-L0_4 layer 1: 3 steps or more, in a row or with few good ones between them, gave no"
+        in told
+    )
     assert manifest(tmp_path)["state"] == "failed"
     last = metrics(tmp_path)[-1]
     assert last["W32-L0_4"]["0"]["loss"] is None
@@ -210,7 +225,8 @@ def test_a_full_disk_is_told_of_and_a_rerun_completes(tiny_release, whole, tmp_p
             patch.setattr(TrainLog, "write", half_a_line)
         else:
             patch.setattr(
-                *{"checkpoint": (checkpoints_module, "start_saving"), "SAEs": (job, "export_group")}[what], fail
+                *{"checkpoint": (checkpoints_module, "start_saving"), "SAEs": (train_results, "export_group")}[what],
+                fail,
             )
         assert train(tiny_release, tmp_path) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -265,6 +281,23 @@ def test_every_width_is_trained_with_every_k(tiny_release):
     assert [group.name for group in plan.groups] == ["W32-L0_2", "W32-L0_4", "W2K-L0_2", "W2K-L0_4"]
     assert {group.layers for group in plan.groups} == {(0, 1)}
     assert (steps, plan.batch_tokens, plan.buffer) == (245, 4096, 3)  # 64 rows a step: 256 rows with what waits
+    assert plan.shards == 64
+    assert {group.objective.dead_after for group in plan.groups} == {245 * 4096 // 40}
+
+
+def test_virtual_shards_are_rows_or_fewer_where_documents_are_few(tiny_release):
+    constants, mesh = read_config(tiny_release / "model" / "config.json"), make_mesh(4, 1, devices=jax.devices()[:4])
+    plan, _ = plan_for(Config(row_length=64, batch_tokens=64 * 24), constants, mesh)
+    found = {documents: fewer_shards(plan, documents, mesh).shards for documents in (1000, 23, 11, 4)}
+    assert found == {1000: 24, 23: 12, 11: 8, 4: 4}
+    with pytest.raises(ValueError, match="--row-length 64 times the 4 devices of the mesh axis 'data'"):
+        plan_for(Config(row_length=64, batch_tokens=64 * 6), constants, mesh)
+
+
+def test_a_latent_is_not_dead_within_four_steps(tiny_release):
+    constants = read_config(tiny_release / "model" / "config.json")
+    plan, _ = plan_for(Config(steps=10, batch_tokens=1024, row_length=64), constants, None)
+    assert plan.groups[0].objective.dead_after == 4096
 
 
 @pytest.mark.slow
@@ -313,6 +346,7 @@ def test_few_short_documents_are_enough_as_long_as_every_shard_has_one(tiny_rele
 
 def test_numbers_that_make_no_run_are_named_before_weights_are_read(tiny_release, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job, "load_backbone", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     for options, reason in (
         (("--steps", "0"), "--steps 0: expected at least 1"),
         (("--tokens", "-5"), "--tokens -5: expected at least 1"),
@@ -320,6 +354,8 @@ def test_numbers_that_make_no_run_are_named_before_weights_are_read(tiny_release
         (("--decay-share", "1.5"), "1.5 (0 to 1)"),
         (("--lr", "nan"), "--lr nan: expected a finite number"),
         (("--lr", "-1"), "a learning rate of -1.0"),
+        (("--lr", "0"), "a learning rate of 0.0"),
+        (("--dead-after", "1073741824"), "--dead-after 1073741824: expected less than 1,073,741,824"),
         (("--clip", "0"), "--clip 0.0: expected a positive number"),
         (("--k", "33"), "k = 33"),
         (("--k", "4", "4"), "a pair is named twice"),
@@ -328,7 +364,11 @@ def test_numbers_that_make_no_run_are_named_before_weights_are_read(tiny_release
         (("--prefixes", "1.5"), "--prefixes (1.5,)"),
         (("--layers", "2"), "--layers (2,): expected different layers among 0..1"),
         (("--row-length", "65"), "--row-length 65: expected 1 to 64, the model's context"),
-        (("--batch-tokens", "100"), "--batch-tokens 100 must be a multiple of"),
+        (("--batch-tokens", "100"), "--batch-tokens 100 must be a multiple of --row-length 16 times --shards 4"),
+        (("--mesh", "8x1"), "--shards 4: the 8 devices of the mesh axis 'data' must divide them"),
+        (("--mesh", "1x2", "--model-axis", "layers", "--width", "33"), "--width 33: finished SAEs are evaluated"),
+        (("--mesh", "1x2", "--width", "33"), "33 latents cannot be split over the mesh axis 'model' of 2 devices"),
+        (("--log", "wandb"), "--log wandb needs one more package"),
         (("--judge-every", "4"), "--judge-every 4 must be a multiple of --log-every 3"),
         (("--held-out", "1"), "held_out = 1.0"),
         (("--end-token", "320"), "end_token = 320"),

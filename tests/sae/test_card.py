@@ -72,6 +72,22 @@ class TestTables:
         assert "Measured on 10,000 held-out tokens." in card()
         assert "CE recovered" not in card()
 
+    def test_it_is_said_on_how_many_tokens_each_figure_is(self):
+        row = {"fvu": 0.5, "kl": 0.1, "tokens": 9000.0, "predicted_tokens": 2048.0, "dead_in_training": 0.25}
+        told = card(quality={0: row, 1: {**row, "tokens": 8000.0}}, dead_after=100_000)
+        assert (
+            "10,000 held-out tokens: in a layer, 8,000 to 9,000 tokens that count; CE and KL on 2,048 predicted" in told
+        )
+        table = rows(told, "layer")
+        assert table[0] == ["layer", "FVU", "silent for 100,000 tokens in training", "KL, nats"]
+        assert table[1] == ["0", "0.5000", "25.00%", "0.1000"]
+
+    def test_what_training_counted_stands_there_where_nothing_was_measured(self):
+        told = card(quality={0: {"dead_in_training": 0.125}}, dead_after=256)
+        assert rows(told, "layer") == [["layer", "silent for 256 tokens in training"], ["0", "12.50%"]]
+        assert "Nothing was measured" in told
+        assert "held-out tokens" not in told
+
     def test_numbers_that_are_none_are_not_shown(self):
         table = rows(card(quality={0: {"fvu": float("nan"), "l0": True, "cosine": 0.5}}), "layer")
         assert table == [["layer", "cosine"], ["0", "0.5000"]]

@@ -3,10 +3,12 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from qscope_jax.sae.loss import Objective, Report
+from qscope_jax.training import metrics
 from qscope_jax.training.loop import Plan
 from qscope_jax.training.metrics import TrainLog
 from qscope_jax.training.optimizer import Schedule
@@ -71,19 +73,68 @@ def test_a_run_that_goes_on_writes_the_lines_of_one_that_never_stopped(tmp_path)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
-def test_tensorboard_gets_every_number(tmp_path):
-    log = TrainLog(tmp_path, PLAN, ("tensorboard",), first=0)
-    log.add(report([0.5, 0.9]))
-    log.write(1)
+def test_an_sae_fails_for_as_long_as_it_ever_did_since_the_last_line(tmp_path):
+    log = TrainLog(tmp_path, PLAN, (), first=0)
+    for failing in (1, 2, 3, 0, 0, 0, 0):
+        log.add(report([0.5, 0.9], failing=failing))
+    assert log.write(7)[0] == {"W64-L0_4 layer 2": 0, "W64-L0_4 layer 5": 3}
+
+
+def test_an_sae_that_skips_most_steps_fails_for_all_of_them(tmp_path):
+    log, found = TrainLog(tmp_path, PLAN, (), first=0), []
+    for step, failing in enumerate((1, 0, 1, 1, 2, 0, 0, 1, 0), 1):  # two, two and one of three
+        log.add(report([0.5, 0.9], failing=failing))
+        if step % 3 == 0:
+            found.append(log.write(step)[0]["W64-L0_4 layer 5"])
+    assert found == [3, 6, 1]
+
+
+def test_tensorboard_gets_every_number_and_hides_what_is_made_again(tmp_path):
+    for first in (0, 3):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        with TrainLog(folder, PLAN, ("tensorboard",), first=first) as log:
+            log.add(report([0.5, 0.9]))
+            log.write(first + 1)
+        (events,) = (folder / "tensorboard").iterdir()
+        assert b"W64-L0_4/layer5/fvu" in events.read_bytes()
+        assert starts_of(events) == [first + 1]
+
+
+def starts_of(path):
+    """The steps from which on TensorBoard is told to hide what other files hold."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    found, data = [], path.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        if event.session_log.status == SessionLog.START:
+            found.append(event.step)
+    return found
+
+
+def test_leaving_it_ends_a_trace_and_closes_writers_whatever_happened(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    monkeypatch.setitem(
+        metrics._WRITERS, "wandb", lambda folder, first: (lambda *_: None, lambda: told.append("closed"))
+    )
+    log = TrainLog(tmp_path, PLAN, ("wandb",), first=0, profile=5)
+    for _ in range(12):
+        log.add(report([0.5, 0.9]))
+    with pytest.raises(KeyboardInterrupt), log:
+        raise KeyboardInterrupt
     log.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"W64-L0_4/layer5/fvu" in events.read_bytes()
+    assert told == ["start", "stop", "closed"]
 
 
 @pytest.mark.parametrize(("writer", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_writer_that_is_not_installed_is_named(tmp_path, monkeypatch, writer, package):
+def test_a_writer_that_is_not_installed_is_named(monkeypatch, writer, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ValueError, match=rf"--log {writer} needs one more package: pip install 'qscope-jax\[logging\]'"
     ):
-        TrainLog(tmp_path, PLAN, (writer,), first=0)
+        metrics.check_writers((writer,))
