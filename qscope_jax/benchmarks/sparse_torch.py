@@ -1,4 +1,5 @@
-"""The same two operations as one writes them in PyTorch, on the same device and the same memory; None without torch."""
+"""The same two operations as one writes them in PyTorch, and the training step of EleutherAI's sparsify, on the same
+device and the same memory; None without torch, or without sparsify."""
 
 import functools
 import importlib.util
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from qscope_kernels.cases import Case
 from qscope_kernels.dispatch import device_of
 
 
@@ -72,5 +74,33 @@ def decoder(values: jax.Array, indices: jax.Array, w_dec: jax.Array) -> Callable
         weights, bags, matrix = tensors()
         with torch.inference_mode():
             return Pending(torch.nn.functional.embedding_bag(bags, matrix, per_sample_weights=weights, mode="sum"))
+
+    return call
+
+
+def sparsify_step(x: jax.Array, case: Case) -> Callable[[], Pending] | None:
+    """A step as sparsify's trainer makes it with its Adam: decoder rows to norm 1, forward, backward, the decoder's
+    parallel gradient taken out; nothing is clipped. Float32 weights, bfloat16 products on a GPU, as it has it by itself.
+    """
+    if importlib.util.find_spec("sparsify") is None or not available():
+        return None
+    import torch  # pyright: ignore[reportMissingImports]
+    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
+
+    @functools.cache
+    def fresh() -> tuple[Any, Any, Any]:
+        (rows,) = shared(x)
+        sae = SparseCoder(case.d, SparseCoderConfig(num_latents=case.f, k=case.k), device=rows.device)
+        return rows, sae, torch.optim.Adam(sae.parameters(), lr=1e-4)
+
+    def call() -> Pending:
+        rows, sae, optimizer = fresh()
+        sae.set_decoder_norm_to_unit_norm()
+        fvu = sae(rows).fvu
+        fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        return Pending(fvu.detach())
 
     return call

@@ -15,6 +15,7 @@ from qscope_kernels.cases import Case
 from qscope_jax.benchmarks.ceilings import copy_bandwidth, matmul_rate, precision
 from qscope_jax.benchmarks.rows import Row, Setting, Work, measure
 from qscope_jax.benchmarks.sparse import matmul, to_dense
+from qscope_jax.benchmarks.sparse_torch import sparsify_step
 from qscope_jax.sae.loss import Objective, Weights
 from qscope_jax.training.optimizer import Schedule, apply_gradients
 from qscope_jax.training.state import Group, Norms, TrainState, init_group
@@ -24,9 +25,8 @@ Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Any]]
 
 
 def bench_step(setting: Setting) -> Iterator[Row]:
-    """The step over its encoder's matmul alone, with tokens/s and their share of the roofline; dense over sparse.
-
-    Implementations are those that training takes by itself.
+    """The step over its encoder's matmul alone, with tokens/s and their share of the roofline; dense over sparse; and
+    where sparsify is installed its step over ours. Implementations are those that training takes by itself.
     """
     for case in setting.cases:
         row = partial(measure, setting, f"{case.name}, {setting.tokens} tokens")
@@ -39,6 +39,7 @@ def bench_step(setting: Setting) -> Iterator[Row]:
         yield from row("training step / encoder's matmul", sparse, partial(matmul(jnp.float32), x[0], w_enc), work)
         del w_enc
         yield from row("training step, dense / sparse", dense, sparse, work)
+        yield from row("training step, sparsify with Adam / sparse", sparsify_step(x[0], case), sparse, work)
 
 
 def group_of(case: Case, setting: Setting) -> Group:
