@@ -13,13 +13,15 @@ import jax
 import numpy as np
 import pytest
 
+from qscope_jax import cli
 from qscope_jax.backbone.config import read_config
 from qscope_jax.backbone.weights import Backbone, load_backbone, save_backbone
 from qscope_jax.evaluate import DEFINITIONS
 from qscope_jax.jobs import train_results
 from qscope_jax.jobs import train_sae as job
-from qscope_jax.jobs.run import EXIT_INTERRUPTED
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, versions
 from qscope_jax.jobs.train_config import Config, checkpoint_folder, fewer_shards, plan_for
+from qscope_jax.jobs.train_inputs import open_inputs
 from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.training import checkpoints as checkpoints_module
@@ -29,7 +31,7 @@ from qscope_jax.training.loop import Trainer
 from qscope_jax.training.metrics import TrainLog
 from qscope_jax.training.orbax_files import load_record
 from tests.jobs.extracting import texts, write_rows
-from tests.jobs.training import manifest, metrics, results, train
+from tests.jobs.training import SMALL, manifest, metrics, results, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -105,6 +107,24 @@ def test_options_that_do_not_decide_what_comes_out_may_change(tiny_release, whol
     assert [line["step"] for line in metrics(tmp_path)] == [3, 6, 8, 10, 12]
     assert saes_of(tmp_path) == saes_of(whole)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
+
+
+@pytest.mark.slow
+def test_another_layout_and_other_versions_go_on_and_only_versions_are_told_of(
+    tiny_release, whole, tmp_path, monkeypatch, capsys
+):
+    stop_at(monkeypatch, tiny_release, tmp_path, 6, "--mesh", "2x2", "--model-axis", "layers")
+    monkeypatch.setattr(job, "versions", lambda: {"jax": "0.0.1", "qscope-jax": versions()["qscope-jax"]})
+    assert train(tiny_release, tmp_path, "--mesh", "1x2", "--model-axis", "latents") == 0
+    told = capsys.readouterr().err
+    assert (
+        f'goes on in other versions than those of the last checkpoint (jax: was "{jax.__version__}", is "0.0.1")'
+        in told
+    )
+    ours, theirs = load_saes(tmp_path / "sae"), load_saes(whole / "sae")
+    for layer, sae in ours.items():
+        np.testing.assert_allclose(sae.params.w_dec, theirs[layer].params.w_dec, atol=1e-4)
+    assert manifest(tmp_path)["counts"] == manifest(whole)["counts"]
 
 
 def test_a_run_with_other_settings_is_refused_and_the_differences_named(tiny_release, tmp_path, monkeypatch, capsys):
@@ -306,6 +326,52 @@ def test_nothing_held_out_is_nothing_measured(tiny_release, whole, tmp_path):
     assert "Nothing was measured" in (tmp_path / "sae" / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "sae" / "quality.json").exists()
     assert "held_out_fvu" not in metrics(tmp_path)[-1]["W32-L0_4"]["0"]
+
+
+@pytest.mark.slow
+def test_documents_held_out_are_measured_on_once_and_too_few_are_told_of(tiny_release, tmp_path, capsys):
+    data = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in texts(20)])
+    more = ("--data", str(data), "--held-out", "0.1", "--steps", "1", "--log-every", "1", "--eval-tokens", "100000")
+    assert train(tiny_release, tmp_path / "out", *more, "--judge-every", "1") == 0
+    told = json.loads((tmp_path / "out" / "sae" / "quality.json").read_text(encoding="utf-8"))
+    assert told["documents"] == 2
+    assert 0 < told["real_tokens"] < 100_000
+    assert told["layers"]["0"]["tokens"] <= told["real_tokens"]
+    assert f"{told['real_tokens']:,} tokens are held out, fewer than --eval-tokens 100,000" in capsys.readouterr().err
+
+
+class TestVectorsOnDisk:
+    def train(self, release, out, path, *options):
+        arguments = ["train-sae", "--model", str(release / "model"), "--out", str(out), *SMALL]
+        return cli.main([*arguments, "--activations", str(path), "--layers", "1", *options])
+
+    @pytest.fixture
+    def vectors(self, tmp_path):
+        path = tmp_path / "vectors.npy"
+        np.save(path, np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32))
+        return path
+
+    @pytest.mark.slow
+    def test_they_train_one_sae_with_rows_of_any_length(self, tiny_release, tmp_path, vectors):
+        long = ("--row-length", "128", "--batch-tokens", "512", "--shards", "2", "--held-out", "0.1")  # context: 64
+        assert self.train(tiny_release, tmp_path / "out", vectors, *long, "--eval-tokens", "512") == 0
+        (sae,) = load_saes(tmp_path / "out" / "sae").values()
+        assert (sae.config.layer, sae.config.d_sae) == (1, 32)
+        told = json.loads((tmp_path / "out" / "sae" / "quality.json").read_text(encoding="utf-8"))
+        assert (told["documents"], told["real_tokens"]) == (3, 384)  # of 32 rows
+        assert told["measured_on"].startswith("3 rows of vectors of 384 tokens")
+
+    def test_the_buffer_is_of_their_type_and_shards_are_as_many_as_rows(self, tiny_release, vectors):
+        few = {"model": str(tiny_release / "model"), "activations": (str(vectors),), "layers": (1,), "mesh": "1x1"}
+        config = Config(**few, batch_tokens=8192, row_length=128, buffer_bytes=3 * 8192 * 16 * 4)
+        plan = open_inputs(config).plan
+        assert (plan.rows, plan.shards, plan.buffer) == (64, 16, 3)  # 31 rows to train on; 64 bytes a vector, not 32
+
+    def test_options_for_text_are_refused(self, tiny_release, tmp_path, vectors, capsys):
+        assert self.train(tiny_release, tmp_path / "out", vectors, "--data", "synthetic", "--fsdp") == 2
+        assert "--activations: --data, --fsdp would be ignored" in capsys.readouterr().err
+        assert self.train(tiny_release, tmp_path / "out", vectors, "--end-token", "3", "--document", "file") == 2
+        assert "--activations: --document, --end-token would be ignored" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_no_circles_between_components():
     assert set(edges) - done == set()
 
 
-_SHARED = {"run", "places", "progress", "train_config"}
+_SHARED = {"run", "places", "progress", "train_config", "train_inputs", "train_results"}
 
 
 def test_jobs_share_only_what_is_no_command():
