@@ -80,7 +80,7 @@ def decoder(values: jax.Array, indices: jax.Array, w_dec: jax.Array) -> Callable
 
 def sparsify_step(x: jax.Array, case: Case) -> Callable[[], Pending] | None:
     """A step as sparsify's trainer makes it with its Adam: decoder rows to norm 1, forward, backward, the decoder's
-    parallel gradient taken out; nothing is clipped. Float32 weights, bfloat16 products on a GPU, as it has it by itself.
+    parallel gradient taken out; nothing is clipped. Float32 weights, bfloat16 products on a GPU, as it does.
     """
     if importlib.util.find_spec("sparsify") is None or not available():
         return None
