@@ -32,6 +32,7 @@ def begin(tiny_release, compiled_once):
     for process in started:
         process.kill()
         process.wait()
+        process.stderr.close()  # of one that was killed nobody read it
 
 
 @pytest.fixture(scope="module")
