@@ -91,7 +91,9 @@ class TrainLog:
         self._pending.append(reports)
         self._taken += 1
         if self._profile and self._taken == _WARM:
-            jax.profiler.start_trace(str(self._folder / "profile"))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # following Python's calls can crash while other threads save
+            jax.profiler.start_trace(str(self._folder / "profile"), profiler_options=options)
             self._tracing = True
         if self._tracing and self._taken == _WARM + self._profile:
             jax.block_until_ready(self._pending)

@@ -31,7 +31,7 @@ from qscope_jax.training.loop import Trainer
 from qscope_jax.training.metrics import TrainLog
 from qscope_jax.training.orbax_files import load_record
 from tests.jobs.extracting import texts, write_rows
-from tests.jobs.training import SMALL, manifest, metrics, results, train
+from tests.jobs.training import SMALL, finish, manifest, metrics, results, start, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -383,8 +383,8 @@ def test_without_tokens_for_it_the_saes_are_not_evaluated(tiny_release, whole, t
 
 
 @pytest.mark.slow
-def test_a_trace_of_some_steps_is_left_when_asked(tiny_release, whole, tmp_path):
-    assert train(tiny_release, tmp_path, "--profile", "2", "--eval-tokens", "0") == 0
+def test_a_trace_of_some_steps_is_left_when_asked(tiny_release, whole, tmp_path, compiled_once):
+    finish(start(tiny_release, tmp_path, compiled_once, "--profile", "2", "--eval-tokens", "0"))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert saes_of(tmp_path) == saes_of(whole)
 

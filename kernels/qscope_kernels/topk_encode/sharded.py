@@ -67,8 +67,6 @@ def topk_encode_shard(
     mine = w_enc.shape[1]
     values, indices = topk_encode(x, w_enc, b_enc, k=min(k, mine), contract=contract, impl=impl)
     indices += jax.lax.axis_index(axis) * mine
-    values, indices = (
-        jax.lax.all_gather(part, axis, axis=1, tiled=True, to="invarying") for part in (values, indices)
-    )
+    values, indices = (jax.lax.all_gather(part, axis, axis=1, tiled=True, to="invarying") for part in (values, indices))
     best, slots = select(values, k)
     return best, jnp.take_along_axis(indices, slots, axis=1)
