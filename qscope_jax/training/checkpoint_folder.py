@@ -58,10 +58,13 @@ class CheckpointFolder:
             (path / COMMITTED).unlink()
         path.rmtree()
 
-    def aside(self, step: int) -> ocp.path.Path:
-        """A free place for a damaged checkpoint."""
-        names = (f"{step}.damaged{i or ''}" for i in range(1000))
-        return next(path for name in names if not (path := self.path / name).exists())
+    def aside(self, step: int, number: int) -> ocp.path.Path:
+        """The place of a step's damaged checkpoint with that number; there may have been others before."""
+        return self.path / f"{step}.damaged{number or ''}"
+
+    def free_aside(self, step: int) -> int:
+        """The first number whose place is free."""
+        return next(number for number in range(1000) if not self.aside(step, number).exists())
 
     def has_damaged(self) -> bool:
         return self.path.exists() and any(".damaged" in path.name for path in self.path.iterdir())

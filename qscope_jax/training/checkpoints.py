@@ -205,7 +205,8 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         for step, reason in damaged.items():
-            path, aside = self._folder.at(step), self._folder.aside(step)
+            number = from_first_process([self._folder.free_aside(step)])[0]  # another may look after it was renamed
+            path, aside = self._folder.at(step), self._folder.aside(step, number)
             on_first_process(lambda path=path, aside=aside: path.rename(aside))
             self._warn(
                 f"the checkpoint {path} is damaged ({reason}); it was set aside as {aside.name}, and that of step "
