@@ -118,7 +118,7 @@ def starts_of(path):
 
 def test_leaving_it_ends_a_trace_and_closes_writers_whatever_happened(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append("start"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, profiler_options: told.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
     monkeypatch.setitem(
         metrics._WRITERS, "wandb", lambda folder, first: (lambda *_: None, lambda: told.append("closed"))
