@@ -36,7 +36,7 @@ from qscope_jax.extract import make_extract_step, measure_sinks
 from qscope_jax.files.atomic import write_json
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
-from qscope_jax.jobs.places import local_mesh, model_name, parse_mesh
+from qscope_jax.jobs.places import local_mesh, model_files, model_name, parse_mesh
 from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
 from qscope_jax.mesh import to_host
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
@@ -175,9 +175,8 @@ def _open(config: Config) -> Opened:
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, constants.vocab_size)
     text = _open_text(config, make_encoder(tokenizer), constants)
-    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
     facts: dict[str, Any] = {
-        "model": {"name": model.name, "files": hash_files(map(model.fetch, ("config.json", *weights)))},
+        "model": {"name": model.name, "files": hash_files(model_files(model))},
         "sae": {"name": sae.name, "files": hash_files(o.path for o in opened.values())},
         "data": text.corpus.fingerprint(),
         "tokenizer": tokenizer_hash(tokenizer),

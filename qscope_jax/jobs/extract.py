@@ -27,7 +27,7 @@ from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_enc
 from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
 from qscope_jax.extract_folder import Loaded, Target, buckets_of, count_parts, finished_parts, make_parts
 from qscope_jax.files.source import Source, resolve
-from qscope_jax.jobs.places import join_processes, local_mesh, meet, parse_mesh
+from qscope_jax.jobs.places import join_processes, local_mesh, meet, model_files, parse_mesh
 from qscope_jax.jobs.run import Interrupted, Run, check_local, devices, hash_files, plain, say
 from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
@@ -212,9 +212,8 @@ def _open(config: Config) -> tuple[Sources, dict[str, Any]]:
     check_vocabulary(tokenizer, constants.vocab_size)
     corpus = _corpus(config, tuple(known))
     ranges = corpus.parts(rows=config.part_rows, size=config.part_bytes)
-    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
     shapes = {layer: (one.d_sae, one.k) for layer, one in known.items()}
-    weights = [model.fetch("config.json"), *map(model.fetch, weights)]
+    weights = model_files(model)
     stamps = {path: _stamp(path) for path in (*weights, *(o.path for o in opened.values()))}
     info = {
         **_settings(config, constants, shapes, corpus),

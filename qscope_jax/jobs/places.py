@@ -4,6 +4,8 @@ Processes that share the work each hold a whole replica and exchange nothing whi
 for the batches of another; they meet at the end.
 """
 
+from pathlib import Path
+
 import jax
 from jax.sharding import Mesh
 
@@ -76,6 +78,12 @@ def local_mesh(text: str) -> Mesh | None:
     """
     data, model = parse_mesh(text)
     return None if data * model == 1 else make_mesh(data, model, devices=jax.local_devices()[: data * model])
+
+
+def model_files(model: Source) -> list[Path]:
+    """The files that decide what a backbone computes, fetched: config.json and its weights."""
+    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name]
+    return [model.fetch(name) for name in ("config.json", *weights)]
 
 
 def model_name(model: Source) -> str:

@@ -15,6 +15,7 @@ from qscope_jax.data.seeding import split_documents
 from qscope_jax.data.tokenizer import load_tokenizer
 from qscope_jax.data.vectors import VectorFeed, open_vectors
 from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.places import model_files
 from qscope_jax.jobs.run import hash_files, plain, say
 from qscope_jax.jobs.train_config import Config, fewer_shards, mesh_for, plan_for
 from qscope_jax.training.loop import Plan, Rows
@@ -55,11 +56,10 @@ def open_inputs(config: Config) -> Inputs:
         fewest = min(stored.documents if stored else map(len, sources))
         documents = fewest if stored else len(split_documents(fewest, "train", config.held_out, 0))
         plan = fewer_shards(plan, documents, mesh)
-    weights = [name for name in model.names() if name.endswith(".safetensors") and "/" not in name and not stored]
     settings = {
         "plan": {name: value for name, value in plain(plan).items() if name != "model_axis"},  # only where arrays lie
         "precision": config.precision,
-        "model": hash_files(map(model.fetch, ("config.json", *weights))),
+        "model": hash_files([model.fetch("config.json")] if stored else model_files(model)),
     }
     return Inputs(model, constants, sources, plan, steps, mesh, json.loads(json.dumps(settings, default=_dtype_name)))
 

@@ -162,10 +162,7 @@ def _begin(
     config: Config, inputs: Inputs, trainer: Trainer, checkpoints: Checkpoints, feed: Any, own: Sequence[int]
 ) -> Begun:
     """The state to go on from, and the number of steps behind it."""
-    if checkpoints.facts() is not None:
-        shapes = trainer.abstract()
-        found = checkpoints.restore(shapes)
-        assert found is not None
+    if (found := checkpoints.restore(trainer.abstract())) is not None:
         feed.restore(found.facts["states"])
         say(f"train-sae: goes on from step {found.step:,} of {inputs.steps:,}")
         return Begun(found.arrays, found.step, found.facts["pending"])
