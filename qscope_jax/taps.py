@@ -15,14 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class TapContext(NamedTuple):
-    """What a tap may know besides the residual stream: positions, which tokens are real, and their segments.
+    """What a tap may know besides the residual stream: positions, which tokens are real, segments and prompts.
 
     `segment_ids` counts the segments of a row from 0 (an ordinal, so a repeated id never joins two documents).
+    `prompt_lengths` is that of every token's segment: a token was generated if its position is not below it.
     """
 
     positions: Int[Array, "b t"]
     mask: Bool[Array, "b t"]
     segment_ids: Int[Array, "b t"]
+    prompt_lengths: Int[Array, "b t"]
 
 
 TapFn = Callable[[Float[Array, "b t d"], Any, Any, TapContext], tuple[Float[Array, "b t d"], Any]]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward, init_params
 from qscope_jax.taps import Tap, chain, check_tap
@@ -126,6 +127,23 @@ def test_the_context_tells_positions_mask_and_segments():
     np.testing.assert_array_equal(ctx.mask[0], mask)
     np.testing.assert_array_equal(ctx.positions[0][mask], [0, 1, 0, 1, 0, 0, 1, 2, 0])
     np.testing.assert_array_equal(ctx.segment_ids[0][mask], [0, 0, 1, 1, 2, 0, 0, 0, 1])
+    np.testing.assert_array_equal(ctx.prompt_lengths[0][mask], [2, 2, 2, 2, 1, 3, 3, 3, 1])
+
+
+def test_the_context_tells_prompts_from_what_was_generated():
+    cache, lengths = init_cache(CONFIG, 2, 6), jnp.array([4, 2])
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]], bool)
+    enter = partial(run, PARAMS, CONFIG, cache=cache, tap=Tap(read_context))
+    prompt = enter(TOKENS[:, :4], mask=mask)
+    np.testing.assert_array_equal(prompt.taps.prompt_lengths[0][mask], [4, 4, 4, 4, 2, 2])
+    out = enter(TOKENS[:, 4:5], cache=prompt.cache, prompt_lengths=lengths)
+    np.testing.assert_array_equal(out.taps.prompt_lengths[0], lengths[:, None])
+    np.testing.assert_array_equal(out.taps.positions[0], lengths[:, None])
+    given = jnp.array([[2, 2, 2, 2, 1, 1], [3, 3, 3, 3, 3, 3]])
+    out = run(PARAMS, CONFIG, TOKENS, tap=Tap(read_context), stop_after=0, prompt_lengths=given)
+    np.testing.assert_array_equal(out.taps.prompt_lengths[0], given)
+    with pytest.raises(ValueError, match=r"prompt_lengths has shape \(3,\); expected \(2,\) or \(2, 6\)"):
+        forward(PARAMS, CONFIG, TOKENS, prompt_lengths=jnp.ones(3, int))
 
 
 def test_another_strength_layer_direction_or_equal_function_never_recompiles():

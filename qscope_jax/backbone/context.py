@@ -42,7 +42,7 @@ class ConvContext(NamedTuple):
 
 
 def make_contexts(
-    tokens, mask, positions, segment_ids, cache: Cache | None, config: ModelConfig, dtype
+    tokens, mask, positions, segment_ids, cache: Cache | None, config: ModelConfig, dtype, *, prompt_lengths=None
 ) -> tuple[BlockContext, TapContext, Cache | None]:
     """The contexts of the blocks and the tap, and the cache with this call's tokens entered (not yet their layers)."""
     real = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
@@ -61,7 +61,17 @@ def make_contexts(
     block = BlockContext(cos, sin, real, segments, reset, sound, start, keys, conv)
     if cache is not None:
         cache = _enter(cache, block, ids, positions)
-    return block, TapContext(positions, real, segments), cache
+    return block, TapContext(positions, real, segments, _prompts(prompt_lengths, positions, real, segments)), cache
+
+
+def _prompts(lengths, positions, real, segments):
+    """The length of the prompt that each token belongs to; without any, its segment ends with this call's tokens."""
+    if lengths is not None:
+        return jnp.broadcast_to(lengths if jnp.ndim(lengths) == 2 else lengths[:, None], real.shape)
+    ends = jnp.where(real, positions + 1, 0)
+    own = segments - segments[:, :1]
+    longest = jax.vmap(lambda end, row: jax.ops.segment_max(end, row, num_segments=len(row))[row])
+    return longest(ends, own)
 
 
 def check_rows(segment_ids, mask, cache: Cache | None, *, gaps: bool) -> None:

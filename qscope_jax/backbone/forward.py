@@ -74,6 +74,7 @@ def forward(
     segment_ids: Int[Array, "b t"] | None = None,
     cache: Cache | None = None,
     tap: Tap | None = None,
+    prompt_lengths: Int[Array, "b"] | Int[Array, "b t"] | None = None,
     capture: tuple[int, ...] = (),
     logits: LogitsMode = "all",
     stop_after: int | None = None,
@@ -93,6 +94,8 @@ def forward(
       cache: what came before these tokens, from `init_cache` or an earlier call; donate it to a jitted step. Beyond its
         capacity there is an error, or where `jit` hides its length, NaN everywhere.
       tap: looks at or changes the residual stream after every layer.
+      prompt_lengths: for taps that tell prompts from what a model generated: per row, or for packed rows per token, how
+        many tokens were given. By default all of them, those of this call being the last.
       capture: 0-based layers whose raw output (before the final norm, after the tap) is returned in `captured`. For
         gradients prefer small tap outputs: the buffer is kept once per layer by the backward pass.
       logits: all positions, each row's last real token (NaN for a row of pads), or none.
@@ -106,9 +109,15 @@ def forward(
       MeshError: the mesh does not divide the rows.
     """
     depth = _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache)
+    if prompt_lengths is not None and jnp.shape(prompt_lengths) not in (tokens.shape[:1], tokens.shape):
+        raise ValueError(
+            f"prompt_lengths has shape {jnp.shape(prompt_lengths)}; expected {tokens.shape[:1]} or {tokens.shape}"
+        )
     mesh = mesh_of(params["embed"])
     h = constrain(jnp.take(params["embed"], tokens, axis=0), "batch", None, None, mesh=mesh)
-    ctx, tap_ctx, entered = make_contexts(tokens, mask, positions, segment_ids, cache, config, h.dtype)
+    ctx, tap_ctx, entered = make_contexts(
+        tokens, mask, positions, segment_ids, cache, config, h.dtype, prompt_lengths=prompt_lengths
+    )
     slots: tuple[Any, ...] = (None,) * len(config.period)
     if entered is not None:
         slots = entered.slots
