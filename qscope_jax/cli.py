@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback:
             traceback.print_exc()
         else:
-            name = f"qscope {arguments[0]}" if arguments and arguments[0] in COMMANDS else "qscope"
+            name = f"qscope {_split_command(arguments)[0] or ''}".strip()
             print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
         return EXIT_ERROR
 
@@ -66,15 +66,25 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"qscope {qscope_jax.__version__}")
         return 0
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
+    command, rest = _split_command(arguments)
+    if command is None:
+        grouped = any(name.startswith(f"{arguments[0]} ") for name in COMMANDS)
+        wrong = " ".join(arguments[: 2 if grouped else 1])
+        near = difflib.get_close_matches(wrong, COMMANDS, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no command {command!r}{meant} Commands: {', '.join(COMMANDS)} (qscope --help)")
+        raise ValueError(f"no command {wrong!r}{meant} Commands: {', '.join(COMMANDS)} (qscope --help)")
     job = importlib.import_module(COMMANDS[command][0])
     config = parse(job, command, rest)
     _announce(config)
     return job.run(config) or 0
+
+
+def _split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command, of one word or two, and what follows it; None where there is no such command."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    return None, arguments
 
 
 def usage() -> str:

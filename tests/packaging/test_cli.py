@@ -102,6 +102,23 @@ def test_without_a_command_and_with_a_wrong_one(capsys):
     assert capsys.readouterr().err.startswith("qscope: no command 'extrac'; did you mean extract?")
 
 
+def test_a_command_may_have_two_words(job, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "group trial", ("trial_job", "a trial in a group"))
+    assert cli.main(["group", "trial", "here", "--strength", "2"]) == 0
+    assert (job.seen[-1].target, job.seen[-1].strength) == ("here", 2.0)
+    assert cli.main(["group", "trail"]) == 2
+    assert "no command 'group trail'; did you mean group trial?" in capsys.readouterr().err
+    assert cli.main(["group"]) == 2
+    assert "no command 'group'" in capsys.readouterr().err
+
+    def refuse(config):
+        raise ValueError("no")
+
+    job.act = refuse
+    assert cli.main(["group", "trial"]) == 2
+    assert capsys.readouterr().err.endswith("qscope group trial: no\n")
+
+
 def test_a_recipe_becomes_arguments_and_what_is_typed_wins(job, recipe):
     path = recipe('layers = [3, 4]\ntop_k = 7\nfast = false\nstrength = -2.5\n[text]\nfield = "body"\n')
     assert cli.main(["trial", "--config", path]) == 0
