@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from qscope_jax.backbone.weights import save_backbone as save_backbone
     from qscope_jax.data.store import FeatureStore as FeatureStore
     from qscope_jax.data.tokenizer import load_tokenizer as load_tokenizer
+    from qscope_jax.generation import GenerateOutput as GenerateOutput
+    from qscope_jax.generation import Taps as Taps
+    from qscope_jax.generation import generate as generate
+    from qscope_jax.generation import pad_left as pad_left
     from qscope_jax.mesh import make_mesh as make_mesh
     from qscope_jax.mesh import start_distributed as start_distributed
     from qscope_jax.sae.formats import load_sae as load_sae
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
     from qscope_jax.sae.model import from_dense as from_dense
     from qscope_jax.sae.model import init_sae as init_sae
     from qscope_jax.sae.model import to_dense as to_dense
+    from qscope_jax.steering import Applied as Applied
+    from qscope_jax.steering import Steer as Steer
+    from qscope_jax.steering import count_applied as count_applied
+    from qscope_jax.steering import steer as steer
     from qscope_jax.taps import Tap as Tap
     from qscope_jax.taps import chain as chain
 
@@ -42,6 +50,7 @@ _MODULES = {
     "backbone.weights": ("Backbone", "load_backbone", "save_backbone"),
     "data.store": ("FeatureStore",),
     "data.tokenizer": ("load_tokenizer",),
+    "generation": ("GenerateOutput", "Taps", "generate", "pad_left"),
     "mesh": ("make_mesh", "start_distributed"),
     "sae.formats": ("load_sae", "load_saes", "save_sae"),
     "sae.model": (
@@ -55,6 +64,7 @@ _MODULES = {
         "init_sae",
         "to_dense",
     ),
+    "steering": ("Applied", "Steer", "count_applied", "steer"),
     "taps": ("Tap", "chain"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
