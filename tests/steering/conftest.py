@@ -12,7 +12,7 @@ from qscope_jax.backbone.forward import forward
 from qscope_jax.sae.model import Sae, SaeConfig, SaeParams
 from tests.backbone.families import QUICK, make_config, make_params
 
-LAYERS, WIDTH, LATENTS, K = 4, 16, 24, 6
+LAYERS, WIDTH, LATENTS, K = 4, 16, 27, 6
 LENGTHS = (3, 6, 1, 5, 4, 2, 6)  # of the prompts; one row per position rule
 PROMPT, NEW = max(LENGTHS), 3
 RULES = ("all", "prompt", "generated", "last", "5", "1-3", "0,2,4-8")
@@ -31,11 +31,11 @@ class Model:
         return len(self.tokens)
 
 
-def make_sae(layer, seed=0):
+def make_sae(layer, seed=0, latents=LATENTS):
     rng = np.random.default_rng(100 * seed + layer)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    params = SaeParams(draw(WIDTH, LATENTS), draw(LATENTS), draw(LATENTS, WIDTH) * (0.2 + layer), draw(WIDTH))
-    return Sae(params, SaeConfig(d_model=WIDTH, d_sae=LATENTS, k=K, layer=layer, source=f"layer {layer}"))
+    params = SaeParams(draw(WIDTH, latents), draw(latents), draw(latents, WIDTH) * (0.2 + layer), draw(WIDTH))
+    return Sae(params, SaeConfig(d_model=WIDTH, d_sae=latents, k=K, layer=layer, source=f"layer {layer}"))
 
 
 @pytest.fixture(scope="session")

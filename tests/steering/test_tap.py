@@ -16,7 +16,7 @@ from tests.steering.conftest import LATENTS, LAYERS, LENGTHS, NEW, PROMPT, RULES
 from tests.steering.reference import steer_layer
 
 POSITIONS = np.maximum(np.arange(PROMPT + NEW) - (PROMPT - np.array(LENGTHS)[:, None]), 0)
-STRENGTHS = {"add": 1.7, "clamp": 2.5, "min-clamp": 1.2, "ablate": None, "scale": -0.7, "project": 3.1}
+STRENGTHS = {"add": 1.7, "clamp": 20.0, "min-clamp": 30.0, "ablate": None, "scale": -0.7, "project": 3.1}
 
 
 def entry(mode, layer=1, feature=None, **options):
@@ -25,7 +25,7 @@ def entry(mode, layer=1, feature=None, **options):
 
 def often(layer):
     """A feature of the random SAEs that fires on some of the tokens, by `test_the_chosen_features_fire_sometimes`."""
-    return (19, 21, 5, 8)[layer]
+    return (6, 11, 18, 5)[layer]
 
 
 def spread(make):
@@ -80,7 +80,7 @@ def test_norms_are_preserved_where_asked(model, observe, plain, mode):
 def test_order_never_matters(model, observe, plain):
     entries = [
         entry("add"),
-        Steer(1, 15, -2.3, "min-clamp", positions="generated"),
+        Steer(1, 21, 25.0, "min-clamp", positions="generated"),
         Steer(1, 1, 0.9, "project", preserve_norm=True),
         Steer(1, direction=np.linspace(-1, 1, WIDTH), strength=0.8, positions="2-9"),
     ]
@@ -107,16 +107,12 @@ def test_several_layers_are_steered_at_once(model, observe, plain):
 
 @pytest.mark.parametrize("preserve", [False, True])
 def test_identities_leave_every_bit(model, observe, plain, preserve):
-    dense = codes(model, plain, 1)[model.mask]
-    silent = int(np.flatnonzero(dense.max(axis=0) == 0)[0]) if (dense.max(axis=0) == 0).any() else None
-    feature = int(np.argmin(dense.max(axis=0)))
     identities = {
-        "add 0": Steer(1, 21, 0.0, preserve_norm=preserve),
-        "scale 1": Steer(1, 21, 1.0, "scale", preserve_norm=preserve),
-        "min-clamp below": Steer(1, 21, -0.5, "min-clamp", preserve_norm=preserve),
-        "min-clamp at 0": Steer(1, 21, 0.0, "min-clamp", preserve_norm=preserve),
+        "add 0": Steer(1, 11, 0.0, preserve_norm=preserve),
+        "scale 1": Steer(1, 11, 1.0, "scale", preserve_norm=preserve),
+        "min-clamp below": Steer(1, 11, -0.5, "min-clamp", preserve_norm=preserve),
+        "min-clamp at 0": Steer(1, 11, 0.0, "min-clamp", preserve_norm=preserve),
     }
-    assert silent is None or feature == silent
     for name, identity in identities.items():
         out = observe(steer([identity], model.saes))
         np.testing.assert_array_equal(out.captured, plain.captured, err_msg=name)
@@ -143,7 +139,7 @@ def test_an_empty_recipe_leaves_every_bit(model, observe, plain, empty):
 
 
 def test_clamping_to_0_is_ablation(model, observe):
-    outs = [observe(steer([item], model.saes)) for item in (Steer(1, 21, 0.0, "clamp"), Steer(1, 21, mode="ablate"))]
+    outs = [observe(steer([item], model.saes)) for item in (Steer(1, 11, 0.0, "clamp"), Steer(1, 11, mode="ablate"))]
     np.testing.assert_array_equal(outs[0].captured, outs[1].captured)
     np.testing.assert_array_equal(*(count_applied(out.taps).selected for out in outs))
     # Where the feature does not fire, a clamp to 0 changes nothing either.
