@@ -51,7 +51,7 @@ def steer(
 
     All changes at a layer are computed from the same residual stream, in float32, and added at once. Tokens without a
     change keep every bit. Another strength, feature, layer, mode or rule never recompiles; another number of entries
-    (of the longest row), or of layers at which activations are read, does.
+    (of the longest row) or of layers at which activations are read does, and a rule of more than 8 ranges.
 
     Args:
       recipes: entries for all rows of a batch, or one sequence of them per row (a sweep is one call).
