@@ -141,8 +141,9 @@ def start(
     filled = [*ends, *[-1] * (bucket(len(ends), _EOS_IDS) - len(ends))]
     eos_ids, pad = jnp.array(filled, jnp.int32), jnp.array(ends[0] if ends else 0, jnp.int32)
     given = Given(check_sampling(len(rows), **sampling), eos_ids, pad, jnp.asarray(lengths))
-    steps, mesh = make_steps(config), mesh_of(params["embed"])
-    cache = init_cache(config, len(rows), width + room, dtype=params["embed"].dtype, mesh=mesh)
+    steps, embed = make_steps(config), params["embed"]
+    mesh = None if mesh_of(embed) is None else embed.sharding.mesh
+    cache = init_cache(config, len(rows), width + room, dtype=embed.dtype, mesh=mesh)
     state, prompt_taps = steps.prefill(params, tap, given, padded, real, cache, room, top_logprobs)
     return Generation(steps, params, tap, given, max_new_tokens, state, prompt_taps)
 
