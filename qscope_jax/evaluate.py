@@ -25,18 +25,9 @@ from qscope_jax.mesh import RULES
 from qscope_jax.sae.cofiring import CoFiring, init_cofiring, most_frequent, summarize_cofiring, update_cofiring
 from qscope_jax.sae.geometry import decoder_statistics
 from qscope_jax.sae.model import Sae, SaeConfig
-from qscope_jax.sae.quality import (
-    Quality,
-    Total,
-    add_totals,
-    as_total,
-    density,
-    init_quality,
-    measure,
-    summarize,
-    total_value,
-)
+from qscope_jax.sae.quality import Quality, density, init_quality, measure, summarize
 from qscope_jax.splice import Clean, run_clean, run_spliced, splice
+from qscope_jax.totals import Total, add_totals, as_total, total_value
 
 COFIRING_LATENTS = 256
 

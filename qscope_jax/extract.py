@@ -4,7 +4,7 @@ step: tokens [b, t] -> forward to the last hook -> encode every layer's residual
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
@@ -125,10 +125,12 @@ def stream(
     feed: Iterable[tuple[Key, Filled]],
     *,
     ahead: int = 2,
+    watch: Callable[[Filled, StepOutput], None] | None = None,
 ) -> Iterator[tuple[Key, HostOutput]]:
     """Runs the step over a feed of (key, content) and yields (key, results as NumPy arrays) in order.
 
-    `ahead` batches are always under way while the caller works on the one before.
+    `ahead` batches are always under way while the caller works on the one before. `watch` is given each batch and its
+    results on the device, in order and before they are known, for what the device shall make of them.
 
     Raises:
       FloatingPointError: a residual is NaN or infinite at a real token.
@@ -149,6 +151,8 @@ def stream(
 
     for key, content in feed:
         output = step(params, saes, *content)
+        if watch is not None:
+            watch(content, output)
         for array in jax.tree.leaves(output):
             array.copy_to_host_async()
         pending.append((key, content.mask, output))

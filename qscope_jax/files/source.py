@@ -35,7 +35,7 @@ __all__ = [
     "resolve",
 ]
 
-What = Literal["model", "sae"]
+What = Literal["model", "sae", "statistics"]
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>(?!.*\.\.)[A-Za-z0-9][\w./-]*))?"
 )
@@ -93,7 +93,7 @@ class Source:
 def resolve(spec: str | os.PathLike[str], *, what: What) -> Source:
     """Finds out which kind of source `spec` is and that it exists; asks the hub or the remote store once, for names.
 
-    `what` chooses the embedded model or SAE for `"demo"`. `"demo"` never means a folder of that name: that is `./demo`.
+    `what` chooses what is embedded for `"demo"`. `"demo"` never means a folder of that name: that is `./demo`.
 
     Raises:
         SourceError: one of its subclasses, which say what to do.
@@ -163,5 +163,5 @@ def _no_such_path(text: str, path: Path, what: What) -> str:
         message += (
             f" {text.split('/')[0]}/ is a folder here, so this was read as a path; for the hub write hf://{text}."
         )
-    kind = "An SAE" if what == "sae" else "A model"
-    return f"{message} {kind} is a folder, one file, owner/name on the hub, gs://..., s3://... or 'demo'."
+    kind = {"sae": "An SAE is", "model": "A model is", "statistics": "Statistics are"}[what]
+    return f"{message} {kind} a folder, one file, owner/name on the hub, gs://..., s3://... or 'demo'."

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.mesh import to_host
-from qscope_jax.sae.quality import Measured, Quality, Total, add_totals, as_total, total_value
+from qscope_jax.sae.quality import Measured, Quality
+from qscope_jax.totals import Total, add_totals, as_total, total_value
 
 
 class CoFiring(NamedTuple):

@@ -16,16 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.mesh import to_host
 from qscope_jax.sae.model import Sae, SaeConfig, SparseCode, decode, encode
+from qscope_jax.totals import Total, add_totals, as_total, total_value
 
 SINK_FACTOR = 10.0
 _BINS_PER_DECADE = 4
-
-
-class Total(NamedTuple):
-    """A long sum in two float32, the rounded sum and what the rounding lost: about 48 bits together."""
-
-    high: Float[Array, "*s"]
-    low: Float[Array, "*s"]
 
 
 class Quality(NamedTuple):
@@ -215,21 +209,3 @@ def _batch_quality(measured: Measured, d_sae: int, x, sink, group, num_groups: i
         sinks=as_total(jnp.sum(sink, dtype=jnp.float32)),
         counts=as_total(fired.astype(jnp.float32)),
     )
-
-
-def as_total(value: jax.Array) -> Total:
-    """A sum of this one term."""
-    return Total(value, jnp.zeros_like(value))
-
-
-def add_totals(one: Total, other: Total) -> Total:
-    """Knuth's two-sum: the high part is the rounded sum, the low part collects what rounding lost."""
-    high = one.high + other.high
-    seen = high - one.high
-    lost = (one.high - (high - seen)) + (other.high - seen)
-    return Total(high, one.low + other.low + lost)
-
-
-def total_value(total: Total) -> np.ndarray:
-    """The sum in float64."""
-    return to_host(total.high).astype(np.float64) + to_host(total.low)

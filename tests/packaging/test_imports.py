@@ -30,7 +30,7 @@ ROWS = [
             "objectives",
             "splice",
         ),
-        *("statistics", "training"),
+        *("statistics", "statistics_files", "concepts", "training"),
     ],
     ["benchmarks"],
     ["api", "explorer", "jobs"],
