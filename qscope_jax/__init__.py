@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from qscope_jax.steering import Applied as Applied
     from qscope_jax.steering import Steer as Steer
     from qscope_jax.steering import count_applied as count_applied
+    from qscope_jax.steering import load_recipe as load_recipe
+    from qscope_jax.steering import save_recipe as save_recipe
     from qscope_jax.steering import steer as steer
     from qscope_jax.taps import Tap as Tap
     from qscope_jax.taps import chain as chain
@@ -64,7 +66,7 @@ _MODULES = {
         "init_sae",
         "to_dense",
     ),
-    "steering": ("Applied", "Steer", "count_applied", "steer"),
+    "steering": ("Applied", "Steer", "count_applied", "load_recipe", "save_recipe", "steer"),
     "taps": ("Tap", "chain"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -10,8 +10,10 @@ import jax
 from jax.sharding import Mesh
 
 from qscope_jax.files.source import Source
-from qscope_jax.jobs.run import say
+from qscope_jax.jobs.run import hash_files, say
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed
+from qscope_jax.sae.formats import open_sae
+from qscope_jax.steering.files import Bound, combine_hashes
 
 
 def join_processes(
@@ -91,3 +93,13 @@ def model_name(model: Source) -> str:
     if model.kind == "demo":
         return "qscope-demo"
     return model.spec.removeprefix("hf://").split("@")[0] if model.kind == "hub" else model.name
+
+
+def bind(model: Source, sae: Source, layers: tuple[int, ...]) -> Bound:
+    """What recipes for this model and the SAEs of these layers are bound to; fetches their files, reads no weights.
+
+    Raises:
+      FormatError, SourceError: see `open_sae`.
+    """
+    saes = {layer: next(iter(hash_files([open_sae(sae, layer).path]).values())) for layer in layers}
+    return Bound(combine_hashes(hash_files(model_files(model))), saes, model_name(model), sae.name)

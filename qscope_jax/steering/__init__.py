@@ -13,7 +13,23 @@
 `add` is Qwen-Scope's h' = h + alpha d (report §3, eq. 1); the others stand in AxBench (2501.17148) and its kin.
 """
 
+from qscope_jax.steering.facts import describe
+from qscope_jax.steering.files import Bound, load_recipe, save_recipe
+from qscope_jax.steering.lm_eval import read_lm_eval, write_lm_eval
 from qscope_jax.steering.recipe import MODES, UNITS, Steer
 from qscope_jax.steering.tap import Applied, count_applied, steer
 
-__all__ = ["MODES", "UNITS", "Applied", "Steer", "count_applied", "steer"]
+__all__ = [
+    "MODES",
+    "UNITS",
+    "Applied",
+    "Bound",
+    "Steer",
+    "count_applied",
+    "describe",
+    "load_recipe",
+    "read_lm_eval",
+    "save_recipe",
+    "steer",
+    "write_lm_eval",
+]

@@ -1,7 +1,7 @@
 """A tiny random model, SAEs whose decoder rows have different lengths, and left-padded prompts of unequal length."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ class Model:
     @property
     def rows(self):
         return len(self.tokens)
+
+
+class FakeStats(NamedTuple):
+    """What steering asks of a layer's statistics."""
+
+    max: np.ndarray
+    median_norm: float
 
 
 def make_sae(layer, seed=0, latents=LATENTS):

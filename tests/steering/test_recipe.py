@@ -1,7 +1,6 @@
 """What a recipe may say; whatever could only be a mistake is refused by name, before anything runs."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +9,8 @@ import pytest
 from qscope_jax.sae.model import Sae
 from qscope_jax.steering import MODES, Steer, steer
 from qscope_jax.steering.positions import EVER, parse_positions
-from tests.steering.conftest import LATENTS, LAYERS, WIDTH
+from tests.steering.conftest import LATENTS, LAYERS, WIDTH, FakeStats
 from tests.steering.reference import chosen
-
-
-class FakeStats(NamedTuple):
-    max: np.ndarray
-    median_norm: float
 
 
 def strengths(tap):
