@@ -37,7 +37,7 @@ def bench_extract(*, rounds: int) -> dict[str, Any]:
         options = {"documents": 1200, "parts": 4, "words": 5.0, "batch_tokens": 16_384, "top": 64, "per_octave": 1}
         return {"1.7b to layer 20": compare(_random(jnp.bfloat16), encoder, rounds=few, **options)}
     return {
-        "embedded": compare(_embedded(), encoder, documents=250, rounds=rounds),
+        "embedded": compare(embedded(), encoder, documents=250, rounds=rounds),
         "1.7b-shaped": compare(_random(jnp.float32), encoder, documents=10, rounds=few, batch_tokens=512),
     }
 
@@ -55,14 +55,14 @@ def compare(
         data.write_text("".join(random_documents(documents, words)), encoding="utf-8")
         corpus = open_corpus([str(data)])
         info = {"batch_tokens": batch_tokens, "top": top, "per_octave": per_octave}
-        target = _target(Path(folder), loaded, corpus, info)
+        target = target_of(Path(folder), loaded, corpus, info)
         batches, tokens = _batches(target, _parts(corpus, encoder, loaded, parts))
         outs = iter(range(1 << 30))
 
         def extraction() -> np.ndarray:
             fresh = open_corpus([str(data)])
             place = target._replace(out=Path(folder) / f"out{next(outs)}")
-            make_parts(place, _parts(fresh, encoder, loaded, parts), loaded, progress=_silent, stopping=lambda: False)
+            make_parts(place, _parts(fresh, encoder, loaded, parts), loaded, progress=silent, stopping=lambda: False)
             return np.zeros(0)
 
         def step() -> None:
@@ -81,7 +81,7 @@ def compare(
     }
 
 
-def _embedded() -> Loaded:
+def embedded() -> Loaded:
     backbone = load_backbone("demo", dtype="float32")
     saes = load_saes("demo", dtype="float32")
     return Loaded(backbone.params, tuple(saes.values()), make_extract_step(backbone.config, tuple(saes)))
@@ -107,7 +107,7 @@ def random_documents(documents: int, words: float) -> Iterator[str]:
         yield json.dumps({"text": " ".join(chosen)}) + "\n"
 
 
-def _target(out: Path, loaded: Loaded, corpus: Corpus, chosen: dict[str, Any]) -> Target:
+def target_of(out: Path, loaded: Loaded, corpus: Corpus, chosen: dict[str, Any]) -> Target:
     shapes = {
         str(n): {"d_sae": s.config.d_sae, "k": s.config.k} for n, s in zip(loaded.step.layers, loaded.saes, strict=True)
     }
@@ -141,5 +141,5 @@ def _batches(target: Target, parts: Parts) -> tuple[list[tuple[None, Filled]], i
     return batches, tokens
 
 
-def _silent(**_: int) -> None:
+def silent(**_: int) -> None:
     """Progress that nobody watches."""

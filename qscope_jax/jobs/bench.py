@@ -17,13 +17,14 @@ from qscope_jax.benchmarks.moe import bench_moe
 from qscope_jax.benchmarks.paired import FEWEST
 from qscope_jax.benchmarks.rows import Row, Setting, markdown, setting_of
 from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient, check_impl
+from qscope_jax.benchmarks.statistics import bench_statistics
 from qscope_jax.benchmarks.step import bench_step
 from qscope_jax.benchmarks.train import bench_train
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.jobs.run import Run, versions
 
 Sparse = Literal["ceilings", "encode", "decode", "gradient", "step", "end_to_end"]
-What = Literal["forward", "prefill", "moe", "compile", "extract", "train", "load", Sparse]
+What = Literal["forward", "prefill", "moe", "compile", "extract", "statistics", "train", "load", Sparse]
 
 _SPARSE: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_ceilings,
@@ -42,9 +43,10 @@ class Config:
 
     what: tuple[What, ...] = get_args(What)
     """`forward` against transformers (needs torch), `prefill` of linear against full attention, `moe` of 128 experts
-    against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic, `load` for peak
-    memory; the sparse operations: `encode` over the bare matmul, `decode`, `gradient` and a training `step` over dense
-    ones, `end_to_end`: forward and encode over forward, and `ceilings`: what this device reaches."""
+    against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic, `statistics`
+    against extraction, `load` for peak memory; the sparse operations: `encode` over the bare matmul, `decode`,
+    `gradient` and a training `step` over dense ones, `end_to_end`: forward and encode over forward, and `ceilings`:
+    what this device reaches."""
     rounds: int = 20
     """Pairs per ratio; fewer where one takes minutes."""
     cases: tuple[str, ...] = ()
@@ -83,6 +85,7 @@ def run(config: Config) -> None:
         "moe": lambda: bench_moe(rounds=config.rounds),
         "compile": lambda: bench_compile(rounds=config.rounds),
         "extract": lambda: bench_extract(rounds=config.rounds),
+        "statistics": lambda: bench_statistics(rounds=config.rounds),
         "train": lambda: bench_train(rounds=config.rounds),
         "load": bench_load,
     }

@@ -49,7 +49,7 @@ def test_the_rows_tell_the_arithmetic_of_both(monkeypatch):
 @pytest.mark.slow
 def test_extraction_is_measured_over_the_tokens_of_its_texts():
     result = extract.compare(
-        extract._embedded(), make_encoder(load_tokenizer("demo")), documents=4, rounds=3, batch_tokens=128, top=8,
+        extract.embedded(), make_encoder(load_tokenizer("demo")), documents=4, rounds=3, batch_tokens=128, top=8,
         words=2.0,
     )  # fmt: skip
     assert result["tokens"] > 4
