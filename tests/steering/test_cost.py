@@ -52,6 +52,7 @@ def test_encoders_run_behind_a_condition_only(model):
     wide = re.compile(rf"= f32\[{pre_activations[0]},{LATENTS}\]")
     assert wide.search(text)
     assert not [name for name, body in always.items() if wide.search(body)]
+    assert not re.search(rf"f32\[{WIDTH},{LATENTS}\]\S* (copy|transpose)\(", text)  # encoders are read in place
 
 
 def computed_always(text):
