@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("qscope_jax.jobs.convert", "SAE files between native, Qwen-Scope, SAELens and sparsify layouts"),
     "eval-sae": ("qscope_jax.jobs.eval_sae", "what SAEs explain of a model, and what it predicts through them"),
     "train-sae": ("qscope_jax.jobs.train_sae", "train TopK SAEs for any layers of a model, all in one pass; resumable"),
+    "features find": (
+        "qscope_jax.jobs.features_find",
+        "the features of a concept: two sets of texts, all layers at once",
+    ),
     "features build": ("qscope_jax.jobs.features_build", "what every feature does on a text: rates, maxima, contexts"),
     "bench": ("qscope_jax.jobs.bench", "speed and memory as ratios within one run on this machine"),
 }

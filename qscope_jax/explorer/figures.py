@@ -1,6 +1,6 @@
 """Pictures of results for a person to look at; the only place that knows matplotlib, drawn without a screen."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,38 @@ def draw_quality(path: Path, metrics: Metrics, *, title: str, note: str) -> None
         0.065, at(_HEAD + _CURVES + 0.12), "How often latents fire", fontsize=11, fontweight="bold", va="center"
     )
     _histograms(figure, small, metrics)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_profile(
+    path: Path, layers: Sequence[int], scores: Sequence[float], aurocs: Sequence[float], found: Sequence[int], *,
+    title: str, note: str,
+) -> None:  # fmt: skip
+    """Draws how well each layer knows a concept: its best feature's score and held-out AUROC, and how many it has.
+
+    Args:
+      path: the PNG to make.
+      layers: the layers' numbers, ascending.
+      scores: of each layer's best feature.
+      aurocs: the same features' on documents that did not choose them.
+      found: features with q < 0.05, per layer.
+      title: names the concept and the SAEs.
+      note: a line below the title.
+    """
+    figure = Figure(figsize=(_WIDTH, 4.0), dpi=110)
+    FigureCanvasAgg(figure)
+    figure.text(0.065, 0.93, title, fontsize=15, fontweight="bold", va="center")
+    figure.text(0.065, 0.85, note, fontsize=9.5, color=_GREY, va="center")
+    grid = figure.add_gridspec(1, 3, top=0.7, bottom=0.14, left=0.065, right=0.985, wspace=0.24)
+    score, judged, number = (figure.add_subplot(grid[0, column]) for column in range(3))
+    rows = {n: {"v": v, "a": a, "f": f} for n, v, a, f in zip(layers, scores, aurocs, found, strict=True)}
+    _curve(score, rows, "v", "score of the best feature", _BLUE)
+    score.set_ylim(min(0, *scores), None)
+    _curve(judged, rows, "a", "its AUROC on held-out documents", _GREEN)
+    judged.set_ylim(min(0.5, *aurocs), 1.01)
+    _curve(number, rows, "f", "features with q < 0.05", _ORANGE)
+    number.set_ylim(0, max(1, 1.1 * max(found)))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -30,7 +30,7 @@ ROWS = [
             "objectives",
             "splice",
         ),
-        *("statistics", "statistics_files", "concepts", "training", "trials"),
+        *("statistics", "statistics_files", "concepts", "discovery", "training", "trials"),
     ],
     ["benchmarks"],
     ["api", "explorer", "jobs"],

@@ -1,0 +1,207 @@
+"""`qscope features find`: the features that tell one set of texts from others, over all layers in one pass.
+
+Half of the documents of every set choose the features (by difference of mean activation; p by exchanging documents, q
+over all features of all layers), the other half judges them. features.json has the best ones and the profile of the
+layers, features.parquet all of them, profile.png shows the layers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from qscope_jax.analysis.contrast import By
+from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.concepts import LANGUAGES, TextSets, canonical_name, concept_names, concept_texts, text_sets
+from qscope_jax.data.inputs import Format
+from qscope_jax.data.text import Fields, open_corpus
+from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
+from qscope_jax.discovery import ALPHA, Discovery, discover
+from qscope_jax.explorer.figures import draw_profile
+from qscope_jax.files.atomic import atomic_path, write_json
+from qscope_jax.files.source import resolve
+from qscope_jax.jobs.places import model_files
+from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+
+_BATCH_TOKENS = {True: 4096, False: 16_384}
+_DTYPES = {"fast": "bfloat16", "parity": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Find the features of a concept."""
+
+    concept: tyro.conf.Positional[str | None] = None
+    """A set of texts that ships along: a language (english, chinese, russian, korean, japanese, german, french,
+    spanish) or a register (manual, story, everyday), against the others of its kind; chinese if nothing is named."""
+    positive: tuple[str, ...] = ()
+    """Texts that show the concept instead: files, folders or globs as everywhere, or names of shipped sets."""
+    negative: tuple[str, ...] = ()
+    """Texts that do not, likewise; each name is a group of its own, and all groups weigh the same."""
+    model: str = "demo"
+    """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
+    sae: str = "demo"
+    """SAEs, likewise."""
+    k: int | None = None
+    """Features per token, where the SAE source does not say it (or says it wrong)."""
+    layers: tuple[int, ...] = ()
+    """Layers (0-based, the output of decoder layer n); all that the SAE source holds by default."""
+    out: Path = Path("qscope-out/features-find")
+    """Folder of features.json, features.parquet, profile.png and manifest.json."""
+
+    by: By = "difference"
+    """What scores: the difference of mean activation as a share of the residual stream, of the firing rate, or the
+    AUROC of documents' maxima."""
+    top: int = 10
+    """Features to show."""
+    permutations: int = 1000
+    """Relabellings of the documents behind each p, which is no smaller than 1 / (permutations + 1)."""
+    seed: int = 0
+    """Of the relabellings."""
+    documents: int = 1000
+    """Take at most so many documents of a set, evenly spread over it; what they fire on is kept in memory."""
+
+    text_field: str = "text"
+    """Column of the text."""
+    format: Format | None = None
+    """What the files are, where their endings do not say it."""
+    document: Literal["line", "file"] = "line"
+    """Whether each line or each file of plain text is a document."""
+    max_length: int | None = None
+    """Longest row in tokens; longer documents are cut into windows. By default the model's context, at most 4096."""
+    batch_tokens: int | None = None
+    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere."""
+    precision: Literal["fast", "parity"] = "fast"
+    """The model in bfloat16, or in float32. SAEs are float32 in both."""
+
+
+def run(config: Config) -> None:
+    """Runs the command.
+
+    Raises:
+      ValueError, OSError: wrong input or options, named.
+      FloatingPointError: the model overflows.
+      Interrupted: SIGTERM or SIGINT came; nothing is kept, the same command begins anew.
+    """
+    for name, least in (("k", 1), ("top", 1), ("documents", 2), ("permutations", 0), ("max_length", 1)):
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    with Run("features find", config, config.out) as job:
+        sets, files = _sets(config)
+        model, source = resolve(config.model, what="model"), resolve(config.sae, what="sae")
+        layers = tuple(sorted(config.layers)) or layers_of(source)
+        backbone = load_backbone(model, dtype=_DTYPES[config.precision])
+        saes = load_saes(source, layers, k=config.k)
+        tokenizer = load_tokenizer(model)
+        check_vocabulary(tokenizer, backbone.config.vocab_size)
+        job.total = len(sets.positive) + sum(map(len, sets.negative.values()))
+        job.progress(texts=0, tokens=0)
+
+        def progress(**amounts: int) -> None:
+            job.progress(**amounts)
+            if job.stopping:
+                raise job.interrupted("nothing is kept of a search; it begins anew")
+
+        found = discover(
+            backbone, saes, make_encoder(tokenizer), sets.positive, sets.negative, top=config.top, by=config.by,
+            permutations=config.permutations, seed=config.seed, max_length=config.max_length, progress=progress,
+            batch_tokens=config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
+        )  # fmt: skip
+        _write(config, job, sets, found, source.name)
+        paths = [open_sae(source, layer).path for layer in layers]
+        job.record(
+            counts={"documents": found.documents, "tokens": found.tokens, "sinks": found.sinks},
+            hashes={"model": hash_files(model_files(model)), "sae": hash_files(paths), "data": files,
+                    "tokenizer": tokenizer_hash(tokenizer)},
+            sink_thresholds=found.sink_thresholds,
+            device=devices(),
+        )  # fmt: skip
+    _print(sets, found)
+    print(f"\n{job.address}: features.json, features.parquet (every feature), profile.png")
+
+
+def _sets(config: Config) -> tuple[TextSets, dict[str, Any]]:
+    """The texts, and name and hash of every file that they come from."""
+    files: dict[str, Any] = {}
+
+    def texts(names: Sequence[str]) -> list[str]:
+        found = []
+        for name in names:
+            if name.lower() in (*concept_names(), *LANGUAGES.values()):
+                found += concept_texts(name)
+                files[name] = "shipped"
+                continue
+            options = {"format": config.format, "document": config.document, "say": say}
+            corpus = open_corpus([name], Fields(config.text_field), **options)
+            files[name] = corpus.fingerprint()
+            chosen = np.unique(np.linspace(0, len(corpus) - 1, min(config.documents, len(corpus))).astype(int))
+            good, bad = 0, 0
+            for number in chosen.tolist():
+                documents, wrong = corpus.read(number, number + 1)
+                found += [document.text for document in documents]
+                good, bad = good + len(documents), bad + len(wrong)
+            say(f"{name}: {good} of {len(corpus)} documents" + (f"; {bad} rows cannot be used" if bad else ""))
+        return found
+
+    if config.positive and not config.negative:
+        raise ValueError("--positive without --negative: name texts that do not show the concept, or a shipped set")
+    concept = config.concept if config.concept or config.positive else "chinese"
+    if concept is not None and not config.positive:
+        concept = canonical_name(concept)
+    positive = texts(config.positive) if config.positive else None
+    negative = {name: texts([name]) for name in config.negative} or None
+    return text_sets(concept, positive=positive, negative=negative), files
+
+
+def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str) -> None:
+    smallest = 1 / (config.permutations + 1)
+    content = {
+        "concept": sets.name,
+        "negative": list(sets.negative),
+        "by": config.by,
+        "halves": "score, p and q: the documents that chose (every other one of each set); all else: the others",
+        "smallest_p": smallest,
+        "features": [dataclasses.asdict(feature) for feature in found.features],
+        "profile": [dataclasses.asdict(row) for row in found.profile],
+    }
+    write_json(job.out / "features.json", plain(content))
+    columns: dict[str, list[np.ndarray]] = {}
+    for layer, (features, chosen, q) in found.table.items():
+        own = {"layer": np.full(len(features), layer, np.int32), "feature": features.astype(np.int32), "q": q}
+        own |= {name: np.asarray(array, np.float64) for name, array in chosen._asdict().items() if name != "other"}
+        own["other"] = np.array(["positive", *sets.negative])[chosen.other.astype(int)]
+        for name, array in own.items():
+            columns.setdefault(name, []).append(array)
+    table = pa.table({name: np.concatenate(arrays) for name, arrays in columns.items()})
+    with atomic_path(job.out / "features.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    rows, total = found.profile, sum(found.documents.values())
+    note = f"against {', '.join(sets.negative)}  ·  {total} documents, of which half choose and half judge"
+    draw_profile(
+        job.out / "profile.png", [r.layer for r in rows], [r.best.score for r in rows], [r.best.auroc for r in rows],
+        [r.found for r in rows], title=f"{sets.name}: {sae}",
+        note=note,
+    )  # fmt: skip
+
+
+def _print(sets: TextSets, found: Discovery) -> None:
+    """The tables for a person, on stdout."""
+    print(f"{sets.name} against {', '.join(sets.negative)}; half of the documents choose, the other half judges\n")
+    print("               chosen by                  judged by the other half")
+    print("layer feature   score      p      q       AUROC  (mean)  fires  elsewhere at most")
+    for f in found.features:
+        print(
+            f"{f.layer:>5} {f.feature:>7} {f.score:>7.3g} {f.p:>6.2g} {f.q:>6.2g}{'*' if f.q < ALPHA else ' '}"
+            f"     {f.auroc:>6.3f} {f.auroc_mean:>7.3f} {f.rate:>6.1%}  {f.other_rate:>6.1%} {f.other}"
+        )
+    print(f"\n* q < {ALPHA}. The layers:\n\nlayer   best   score   AUROC   features with q < {ALPHA}")
+    for row in found.profile:
+        best = row.best
+        print(f"{row.layer:>5} {best.feature:>6} {best.score:>7.3g} {best.auroc:>7.3f}   {row.found} of {row.active}")

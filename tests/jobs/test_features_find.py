@@ -1,0 +1,103 @@
+"""`qscope features find` from end to end, on texts of one's own and on the shipped sets."""
+
+import json
+import signal
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from qscope_jax import cli
+from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
+from qscope_jax.discovery import discover
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
+from qscope_jax.sae.formats import load_saes
+from tests.jobs.extracting import manifest, texts, write_rows
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def command(release, out, *options):
+    sources = ["--model", str(release / "model"), "--sae", str(release / "sae"), "--out", str(out)]
+    return ["features", "find", *sources, "--batch-tokens", "256", "--precision", "parity", *options]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    fox = ["the quick brown fox", "a fox and a dog", "fox fox fox", "the lazy dog sleeps", "dog and fox"]
+    write_rows(folder / "fox.jsonl", [{"text": text} for text in fox])
+    write_rows(folder / "other.jsonl", [{"text": text} for text in [*texts(8, longest=6), ""]])
+    return folder
+
+
+def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp_path, capsys):
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", str(files / "other.jsonl"), "german")
+    assert cli.main(command(tiny_release, tmp_path, *sets, "--top", "4", "--permutations", "99")) == 0
+    told = capsys.readouterr()
+    backbone, saes = load_backbone(tiny_release / "model", dtype="float32"), load_saes(tiny_release / "sae")
+    encoder = make_encoder(load_tokenizer(tiny_release / "model"))
+    rows = [json.loads(line)["text"] for line in (files / "fox.jsonl").read_text().splitlines()]
+    from qscope_jax.concepts import concept_texts
+
+    negative = {str(files / "other.jsonl"): texts(8, longest=6), "german": concept_texts("german")}
+    found = discover(backbone, saes, encoder, rows, negative, top=4, permutations=99, batch_tokens=256)
+    written = json.loads((tmp_path / "features.json").read_text())
+    assert written["features"] == [vars(f) for f in found.features]
+    assert written["smallest_p"] == 0.01
+    assert [row["layer"] for row in written["profile"]] == [0, 1]
+    table = pq.read_table(tmp_path / "features.parquet").to_pandas()
+    assert len(table) == sum(len(features) for features, _, _ in found.table.values())
+    best = table.sort_values("score", ascending=False).iloc[0]
+    assert (best.layer, best.feature) == (found.features[0].layer, found.features[0].feature)
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert str(found.features[0].feature) in told.out
+    assert "half of the documents choose" in told.out
+    assert "8 of 9 documents; 1 rows cannot be used" in told.err
+    facts = manifest(tmp_path)
+    assert facts["counts"]["documents"] == {"positive": 5, str(files / "other.jsonl"): 8, "german": 8}
+    assert set(facts["sink_thresholds"]) == {"0", "1"}
+
+
+def test_a_shipped_set_needs_no_files(tiny_release, tmp_path, capsys):
+    assert cli.main(command(tiny_release, tmp_path, "ja", "--layers", "1", "--permutations", "10")) == 0
+    assert "japanese against english, chinese, russian" in capsys.readouterr().out
+    assert np.isfinite([f["score"] for f in json.loads((tmp_path / "features.json").read_text())["features"]]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("sarcasm",), "--positive FILE --negative FILE"),
+        (("--positive", "english"), "--positive without --negative"),
+        (("--positive", "nowhere.jsonl", "--negative", "german"), "nowhere.jsonl"),
+        (("english", "--permutations", "-1"), "expected at least 0"),
+        (("english", "--documents", "1"), "expected at least 2"),
+        (("english", "--layers", "7"), "7"),
+    ],
+)
+def test_wrong_input_is_named(tiny_release, tmp_path, capsys, options, message):
+    assert cli.main(command(tiny_release, tmp_path, *options)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_documents_are_taken_evenly(tiny_release, files, tmp_path, capsys):
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--documents", "2", "--permutations", "0")
+    assert cli.main(command(tiny_release, tmp_path, *sets)) == 0
+    assert manifest(tmp_path)["counts"]["documents"]["positive"] == 2
+
+
+def test_a_signal_stops_it(tiny_release, tmp_path, monkeypatch):
+    progress = Run.progress
+
+    def stopping(self, **amounts):
+        progress(self, **amounts)
+        if amounts["tokens"] and not self.stopping:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "progress", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command(tiny_release, tmp_path, "english"))
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert manifest(tmp_path)["state"] == "interrupted"

@@ -1,0 +1,150 @@
+"""Discovery equals the contrast of what extraction gives, and its halves never mix."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qscope_jax.analysis.contrast import false_discovery_rates
+from qscope_jax.analysis.features import auroc
+from qscope_jax.backbone.weights import load_backbone
+from qscope_jax.data.batches import Buckets
+from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
+from qscope_jax.discovery import discover, pool_texts
+from qscope_jax.extract import extract_documents, make_extract_step
+from qscope_jax.sae.formats import load_saes
+
+WORDS = {"positive": "fox jumps over the lazy dog", "one": "Übung macht den Meister", "two": "習慣 成 自然"}
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_release):
+    backbone, saes = load_backbone(tiny_release / "model", dtype="float32"), load_saes(tiny_release / "sae")
+    encoder = make_encoder(load_tokenizer(tiny_release / "model"))
+    return backbone, saes, encoder, make_extract_step(backbone.config, tuple(saes))
+
+
+@pytest.fixture(scope="module")
+def sets():
+    rng = np.random.default_rng(0)
+    texts = {name: [" ".join(rng.choice(line.split(), 6)) for _ in range(12)] for name, line in WORDS.items()}
+    return texts.pop("positive"), texts
+
+
+@pytest.fixture(scope="module")
+def found(parts, sets):
+    backbone, saes, encoder, step = parts
+    return discover(backbone, saes, encoder, *sets, step=step, top=7, permutations=2000, batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def dense(parts, sets):
+    """Per layer the dense activations [tokens, f] of every text, in order, and the median norm."""
+    backbone, saes, encoder, step = parts
+    texts = [*sets[0], *(text for own in sets[1].values() for text in own)]
+    codes = extract_documents(backbone, saes, encoder(texts), batch_tokens=256, step=step, max_length=64)
+    layers = {}
+    for layer in saes:
+        layers[layer] = []
+        for code in codes:
+            z = np.zeros((len(code.tokens), 64))
+            np.put_along_axis(z, code.codes[layer].indices, code.codes[layer].values, axis=1)
+            layers[layer].append(z)
+    return layers, {n: np.median(np.concatenate([code.norms[n] for code in codes])) for n in saes}
+
+
+def of_half(layer, half, texts=12):
+    """All tokens of each group's documents that choose (0) or judge (1)."""
+    return [np.concatenate([layer[g * texts + d] for d in range(half, texts, 2)]) for g in range(3)]
+
+
+def test_scores_are_the_choosing_halfs_share_of_the_residual_stream(parts, found, dense):
+    layers, medians = dense
+    for f in found.features:
+        positive, one, two = (z[:, f.feature].mean() for z in of_half(layers[f.layer], 0))
+        row = np.linalg.norm(parts[1][f.layer].params.w_dec[f.feature])
+        assert f.score == pytest.approx((positive - (one + two) / 2) * row / medians[f.layer], rel=1e-4)
+    assert [f.score for f in found.features] == sorted((f.score for f in found.features), reverse=True)
+    assert len(found.features) == 7
+
+
+def test_everything_else_is_the_judging_halfs(found, dense):
+    layers, _ = dense
+    for f in found.features:
+        groups = [z[:, f.feature] for z in of_half(layers[f.layer], 1)]
+        means, rates = [z.mean() for z in groups], [(z > 0).mean() for z in groups]
+        assert f.difference == pytest.approx(means[0] - (means[1] + means[2]) / 2, rel=1e-4)
+        assert (f.rate, f.other_rate) == pytest.approx((rates[0], max(rates[1:])))
+        assert f.other in ("one", "two")
+        documents = [layers[f.layer][g * 12 + d][:, f.feature] for g in range(3) for d in range(1, 12, 2)]
+        positive = np.arange(18) < 6
+        for value, pooled in ((f.auroc, [z.max() for z in documents]), (f.auroc_mean, [z.mean() for z in documents])):
+            assert value == pytest.approx(auroc(np.array(pooled)[:, None], positive)[0])
+
+
+def test_the_rate_of_false_discoveries_spans_all_layers(found):
+    q = false_discovery_rates([chosen.p for _, chosen, _ in found.table.values()])
+    for (_, _, own), expected in zip(found.table.values(), q, strict=True):
+        np.testing.assert_array_equal(own, expected)
+    for row in found.profile:
+        features, chosen, own = found.table[row.layer]
+        assert row.best.feature == features[chosen.score.argmax()]
+        assert row.found == (own < 0.05).sum()
+        assert row.active == len(features)
+    assert any(row.found for row in found.profile)  # each set has words of its own
+
+
+def test_other_statistics_rank_by_themselves(parts, sets):
+    backbone, saes, encoder, step = parts
+    for by in ("rate", "auroc"):
+        other = discover(backbone, saes, encoder, *sets, step=step, top=3, by=by, permutations=0, batch_tokens=256)
+        features, chosen, _ = other.table[other.features[0].layer]
+        assert other.features[0].score == chosen.score[features == other.features[0].feature] == chosen.score.max()
+        assert other.features[0].p == 1
+
+
+def test_sinks_are_left_out(parts, sets):
+    backbone, saes, encoder, step = parts
+    documents = encoder(sets[0])
+    plain = pool_texts(backbone, saes, documents, Buckets(256, 64), step=step)
+    limits = {n: plain.median_norms[n] for n in saes}
+    known = {n: sae._replace(config=sae.config.__class__(**{**vars(sae.config), "sink_threshold": limits[n]}))
+             for n, sae in saes.items()}  # fmt: skip
+    cut = pool_texts(backbone, known, documents, Buckets(256, 64))
+    for n in saes:
+        assert cut.sink_thresholds[n] == limits[n]
+        assert cut.sinks[n] + cut.pooled[n].tokens.sum() == plain.pooled[n].tokens.sum()
+        assert cut.sinks[n] > 0.3 * plain.pooled[n].tokens.sum()
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "message"),
+    [
+        (["a"], {"b": ["c", "d"]}, "positive: fewer than two texts"),
+        (["a", "b"], {"b": ["c"]}, "b: fewer than two texts"),
+        (["a", ""], {"b": ["c", "d"]}, "text 1 .* no tokens"),
+    ],
+)
+def test_too_few_texts_are_refused(parts, positive, negative, message):
+    with pytest.raises(ValueError, match=message):
+        discover(*parts[:3], positive, negative, step=parts[3])
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(parts):
+    with pytest.raises(ValueError, match="320"):  # D7
+        discover(*parts[:2], lambda texts: [np.array([1, 400])] * len(texts), ["a"] * 2, {"b": ["c"] * 2})
+
+
+@pytest.mark.slow
+def test_the_embedded_saes_know_their_languages():
+    """Chosen on half of the shipped texts, judged on the other: one feature tells each language from the others."""
+    from qscope_jax.concepts import LANGUAGES, text_sets
+
+    backbone, saes = load_backbone("demo", dtype="float32"), load_saes("demo", (3, 4))
+    encoder, step = make_encoder(load_tokenizer("demo")), make_extract_step(backbone.config, (3, 4))
+    for name in LANGUAGES:
+        sets = text_sets(name)
+        found = discover(backbone, saes, encoder, sets.positive, sets.negative, step=step, top=1, permutations=200)
+        assert found.features[0].auroc > 0.95, name
+        assert found.features[0].p < 0.05, name
+        json.dumps(vars(found.features[0]))
