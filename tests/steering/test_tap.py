@@ -1,6 +1,7 @@
 """Steering changes what its formulas say, where its rules say, and nothing else, without ever recompiling."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from qscope_jax.backbone.forward import forward
 from qscope_jax.sae.model import encode, to_dense
 from qscope_jax.steering import MODES, Applied, Steer, count_applied, steer
 from qscope_jax.taps import chain
+from tests.backbone.families import QUICK
 from tests.steering.conftest import LATENTS, LAYERS, LENGTHS, NEW, PROMPT, RULES, WIDTH, make_sae
 from tests.steering.reference import steer_layer
 
@@ -206,7 +208,7 @@ def test_parameters_are_untouched(model, observe):
 def test_nothing_about_a_recipe_recompiles(model):
     traces = []
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def counted(tap, tokens, mask, lengths):
         traces.append(1)
         return forward(model.params, model.config, tokens, mask=mask, tap=tap, prompt_lengths=lengths).logits
