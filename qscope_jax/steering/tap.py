@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qscope_jax.mesh import to_host
 from qscope_jax.sae.model import Sae, SaeConfig, encode
 from qscope_jax.steering.recipe import MODES, READS, Steer, as_rows
 from qscope_jax.steering.slots import Entries, check_layers, fill_slots, resolve
@@ -104,10 +105,13 @@ def apply_recipes(
 
 
 def count_applied(*outputs: Applied) -> Applied:
-    """Totals [b, e] over layers and calls, for example of `Taps.prompt` and `Taps.generated`."""
+    """Totals [b, e] over layers and calls, for example of `Taps.prompt` and `Taps.generated`.
+
+    Where processes hold different rows, all of them call this.
+    """
 
     def total(name: str):
-        counts = [np.asarray(getattr(out, name)) for out in outputs]
+        counts = [to_host(getattr(out, name)) for out in outputs]
         return np.sum([count.sum(axis=tuple(range(count.ndim - 2))) for count in counts], axis=0)
 
     return Applied(total("selected"), total("changed"))
