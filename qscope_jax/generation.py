@@ -16,12 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params, check_tokens
+from qscope_jax.backbone.parameters import split_layers
 from qscope_jax.generation_steps import Given, State, Steps, make_steps
 from qscope_jax.mesh import mesh_of, to_host
 from qscope_jax.sampling import Rows, check_sampling
 from qscope_jax.taps import Tap
 
 _FEWEST = 16  # the smallest bucket
+_IN_CACHE = 8 << 20  # bytes of a layer
 _EOS_IDS = 8  # fewer are filled up, so that another number of them mostly does not recompile
 
 
@@ -158,9 +160,12 @@ def advance(
     state = generation.state
     bound = generation.limit if new is None else min(int(state.number) + new, generation.limit)
     stopped = np.zeros(state.done.shape, bool) if stopped is None else np.asarray(stopped, bool)
-    state = generation.steps.decode(
-        generation.params, generation.tap, generation.given, state, np.int32(bound), stopped
-    )
+    params, config = generation.params, generation.steps.config
+    if in_place := _reads_in_place(params, config):
+        params = split_layers(params, config)
+    state = generation.steps.decode(params, generation.tap, generation.given, state, np.int32(bound), stopped)
+    if in_place:
+        jax.block_until_ready(state.token)  # the views end here
     return generation._replace(state=state)
 
 
@@ -213,6 +218,17 @@ def bucket(size: int, fewest: int = _FEWEST) -> int:
     while found < size:
         found = found * 3 // 2 if found.bit_count() == 1 else found // 3 * 4
     return found
+
+
+def _reads_in_place(params: Params, config: ModelConfig) -> bool:
+    """Whether decoding reads views of single layers: a CPU would copy a scan's slices, all weights for every token.
+
+    The program then grows with depth; where a layer's copy stays in the cache that is not worth its compilation.
+    """
+    embed = params["embed"]
+    if mesh_of(embed) is not None or next(iter(embed.devices())).platform != "cpu":
+        return False
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params["period"])) >= config.num_layers * _IN_CACHE
 
 
 def _prompts(tokens, mask, config: ModelConfig, new: int) -> list[np.ndarray]:

@@ -124,8 +124,10 @@ def forward(
         h = jnp.where(entered.length > entered.capacity, jnp.nan, h)
     if config.hybrid:
         h = jnp.where(ctx.sound[:, None, None], h, jnp.nan)
-    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, _experts(params["period"], mesh))
-    h, captured, slots, outs = _run_layers(run, params["period"], h, slots, capture, depth, remat)
+    layers = params.get("layers")
+    experts = _experts(params["period"], mesh) if layers is None else (None,) * len(config.period)
+    run = _Run(config, ctx, tap_ctx, tap, bool(capture), mesh, experts)
+    h, captured, slots, outs = _run_layers(run, params.get("period"), layers, h, slots, capture, depth, remat)
     cache = None if entered is None else entered._replace(slots=slots)
     if stop_after is not None:
         return ForwardOutput(None, None, captured, outs, None)
@@ -212,8 +214,8 @@ class _Run(NamedTuple):
         return (h, buffer, (*slots[:slot], new, *slots[slot + 1 :])), out
 
 
-def _run_layers(run: _Run, period, h, slots, capture, depth, remat) -> tuple[Any, Any, Any, Any]:
-    """Scans over whole periods, then runs what `depth` leaves of the last one."""
+def _run_layers(run: _Run, period, layers, h, slots, capture, depth, remat) -> tuple[Any, Any, Any, Any]:
+    """Scans over whole periods, then runs what `depth` leaves of the last one; or runs `layers` one after the other."""
     config, tap = run.config, run.tap
     p = len(config.period)
     whole, rest = divmod(depth, p)
@@ -221,6 +223,17 @@ def _run_layers(run: _Run, period, h, slots, capture, depth, remat) -> tuple[Any
     per_layer = (rows, tap.per_layer if tap is not None else ())
     per_layer = jax.tree.map(lambda a: a.reshape(config.num_periods, p, *a.shape[1:]), per_layer)
     buffer = constrain(jnp.zeros((len(capture), *h.shape), h.dtype), None, "batch", None, None, mesh=run.mesh)
+
+    if layers is not None:
+        if remat is not None:
+            raise ValueError("remat recomputes periods of stacked layers; these parameters come from split_layers")
+        carry, outs = (h, buffer, slots), []
+        for layer in range(depth):
+            data = jax.tree.map(lambda a: a[layer // p], per_layer)  # noqa: B023
+            carry, out = run.layer(carry, layer % p, layer // p, layers[layer], data)
+            outs.append(out)
+        h, buffer, slots = carry
+        return h, buffer, slots, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
     def body(number: int, gather: bool):
         """The first `number` layers of a period; it gets the period's weights, or finds them by its index."""

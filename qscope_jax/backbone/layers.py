@@ -45,7 +45,9 @@ class FullAttention(nn.Module):
         out = attend(q, key, value, ctx, cfg).reshape(*x.shape[:2], h, c)
         if gate is not None:
             out = out * nn.sigmoid(gate)
-        return jnp.einsum("bthc,hcd->btd", out, self.param("o", _INIT, (h, c, d)), precision=cfg.precision), slot
+        # As one axis: contracting two, XLA on a CPU would bring them into another order, with a copy of the weights.
+        o = self.param("o", _INIT, (h, c, d)).reshape(h * c, d)
+        return jnp.einsum("bti,id->btd", out.reshape(*x.shape[:2], h * c), o, precision=cfg.precision), slot
 
 
 class Mlp(nn.Module):

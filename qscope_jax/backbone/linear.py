@@ -53,7 +53,8 @@ class GatedDeltaNet(nn.Module):
         z = jnp.einsum("btd,djw->btjw", x, self.param("z", _INIT, (d, j, w)), precision=cfg.precision)
         out = RMSNorm(cfg.rms_norm_eps, name="norm")(out.astype(x.dtype)).astype(jnp.float32)
         out = (out * nn.silu(z.astype(jnp.float32))).astype(x.dtype)
-        out = jnp.einsum("btjw,jwd->btd", out, self.param("o", _INIT, (j, w, d)), precision=cfg.precision)
+        o = self.param("o", _INIT, (j, w, d)).reshape(j * w, d)  # as one axis: see FullAttention
+        out = jnp.einsum("bti,id->btd", out.reshape(*x.shape[:2], j * w), o, precision=cfg.precision)
         if slot is None:
             return out, None
         new = LinearSlot(last_q, last_k, last_v, state)

@@ -1,12 +1,15 @@
 """The parameter tree: its leaves' shapes, dtypes and places on a mesh, as the table of tensors says.
 
 {"embed", "period": ({...} per slot, leaves lead with the period axis), "final_norm", "head" if it is not tied}
+
+or "layers": ({...} per layer) in the place of "period", see `split_layers`.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.tables import checkpoint_tensors
@@ -34,6 +37,21 @@ def parameter_shapes(
         kind = jnp.float32 if piece.row.float32 else dtype
         parent_of(shapes, piece.leaf)[piece.leaf[-1]] = jax.ShapeDtypeStruct(shape, kind, sharding=place)
     return shapes
+
+
+def split_layers(params: Params, config: ModelConfig) -> Params:
+    """Parameters in a CPU's memory with "layers", a tuple of trees without the period axis, in the place of "period".
+
+    Nothing is copied where a layer's leaf begins at a multiple of 64 bytes: the arrays are views, which `forward` reads
+    where they lie, while a scan's slice of a layer is a copy. So they must not be used beyond `params`.
+    """
+    device = next(iter(params["embed"].devices()))
+    # Of the shard, since an array would keep its view in NumPy for as long as it lives.
+    stacks = jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data), params["period"])
+    p = len(config.period)
+    views = tuple(jax.tree.map(lambda a: a[l // p], stacks[l % p]) for l in range(config.num_layers))  # noqa: B023
+    layers = jax.device_put(views, device, may_alias=True)
+    return {name: leaf for name, leaf in params.items() if name != "period"} | {"layers": layers}
 
 
 def empty_tree(config: ModelConfig) -> Params:
