@@ -30,7 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "qscope_jax.jobs.features_find",
         "the features of a concept: two sets of texts, all layers at once",
     ),
+    "features diff": ("qscope_jax.jobs.features_diff", "the features of a text, or what tells two texts apart, as heatmaps"),
     "features build": ("qscope_jax.jobs.features_build", "what every feature does on a text: rates, maxima, contexts"),
+    "steer": ("qscope_jax.jobs.steer", "try recipes that change a model, beside controls or over strengths"),
+    "generate": ("qscope_jax.jobs.generate", "continue prompts, greedily or by sampling, steered or not; resumable"),
     "bench": ("qscope_jax.jobs.bench", "speed and memory as ratios within one run on this machine"),
 }
 EXIT_ERROR = 2

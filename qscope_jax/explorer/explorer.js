@@ -60,6 +60,29 @@ function drawLanguages() {
   find("languages").append(thead, body);
 }
 
+// A table of anything: {title, note, head: [name, …], rows: [[cell, …], …]}; a cell is text, a number, or
+// {text, share}, which gets a bar of that share of its width. Columns are aligned by their first cell.
+function drawSummary({title, note, head, rows}) {
+  const section = find("summary");
+  section.querySelector("h2").textContent = title;
+  section.querySelector("p").textContent = note;
+  const kind = (i) => (rows.length && typeof rows[0][i] !== "string" ? "number" : undefined);
+  const thead = element("thead"), body = element("tbody"), names = element("tr");
+  head.forEach((name, i) => names.append(element("th", name, kind(i))));
+  thead.append(names);
+  for (const row of rows) {
+    const tr = element("tr");
+    row.forEach((cell, i) => {
+      const td = element("td", cell.text ?? cell, kind(i));
+      if (cell.share > 0)
+        td.style.background = `linear-gradient(to left, ${heat(0.4)} ${100 * cell.share}%, transparent 0)`;
+      tr.append(td);
+    });
+    body.append(tr);
+  }
+  section.querySelector("table").append(thead, body);
+}
+
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 function option(value, label) {
@@ -119,7 +142,11 @@ function choose(tr, text, values) {
 }
 
 drawFacts();
-drawLanguages();
+if (data.summary) drawSummary(data.summary);
+else find("summary").remove();
+if (data.languages) drawLanguages();
+else find("by-language").remove();
+if (data.rows) find("rows").textContent = data.rows;
 data.texts.forEach((text, i) => find("text").append(option(i, text.label)));
 data.texts[0].layers.forEach((layer, i) => find("layer").append(option(i, layer.layer)));
 find("layer").value = data.layer;

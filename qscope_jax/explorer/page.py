@@ -18,7 +18,9 @@ def write_page(path: str | Path, title: str, data: dict[str, Any]) -> None:
     Args:
       path: the file to make.
       title: heading and window title.
-      data: what explorer.js draws: `facts` [[name, value]], `languages` (rows of the table), `texts` (heatmaps).
+      data: what explorer.js draws: `facts` [[name, value]], `texts` (heatmaps) and `layer` (the place of the one shown
+        first); optional are `summary` (a table of anything), `languages` (that of the demo) and `rows` (what the rows
+        of the heatmap are).
     """
     folder = resources.files("qscope_jax.explorer")
     read = lambda name: folder.joinpath(name).read_text(encoding="utf-8")  # noqa: E731

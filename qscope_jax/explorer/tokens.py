@@ -13,8 +13,7 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     breaks become ⏎, tabs ⇥; a leading space stays.
     """
     labels, pending = [], b""
-    for piece in tokenizer.convert_ids_to_tokens(list(ids)):
-        raw = _bytes(piece)
+    for raw in token_bytes(tokenizer, ids):
         pending += raw
         text = _complete(pending)
         if text is None and len(pending) < 4:
@@ -23,6 +22,11 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         labels.append(visible(pending.decode("utf-8", "replace") if text is None else text))
         pending = b""
     return labels
+
+
+def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
+    """The bytes of text that each token id stands for; those of a special token are its name."""
+    return [_bytes(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def visible(text: str) -> str:
