@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qscope_jax.api import FeatureExplorer as FeatureExplorer
+    from qscope_jax.api import Intervention as Intervention
+    from qscope_jax.api import SAEModel as SAEModel
     from qscope_jax.backbone.cache import Cache as Cache
     from qscope_jax.backbone.cache import init_cache as init_cache
     from qscope_jax.backbone.config import ModelConfig as ModelConfig
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from qscope_jax.backbone.weights import save_backbone as save_backbone
     from qscope_jax.data.store import FeatureStore as FeatureStore
     from qscope_jax.data.tokenizer import load_tokenizer as load_tokenizer
+    from qscope_jax.discovery import discover as discover
     from qscope_jax.generation import GenerateOutput as GenerateOutput
     from qscope_jax.generation import Taps as Taps
     from qscope_jax.generation import generate as generate
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from qscope_jax.sae.model import from_dense as from_dense
     from qscope_jax.sae.model import init_sae as init_sae
     from qscope_jax.sae.model import to_dense as to_dense
+    from qscope_jax.statistics_files import load_statistics as load_statistics
     from qscope_jax.steering import Applied as Applied
     from qscope_jax.steering import Steer as Steer
     from qscope_jax.steering import count_applied as count_applied
@@ -46,12 +51,14 @@ if TYPE_CHECKING:
     from qscope_jax.taps import chain as chain
 
 _MODULES = {
+    "api": ("FeatureExplorer", "Intervention", "SAEModel"),
     "backbone.cache": ("Cache", "init_cache"),
     "backbone.config": ("ModelConfig",),
     "backbone.forward": ("ForwardOutput", "forward", "init_params"),
     "backbone.weights": ("Backbone", "load_backbone", "save_backbone"),
     "data.store": ("FeatureStore",),
     "data.tokenizer": ("load_tokenizer",),
+    "discovery": ("discover",),
     "generation": ("GenerateOutput", "Taps", "generate", "pad_left"),
     "mesh": ("make_mesh", "start_distributed"),
     "sae.formats": ("load_sae", "load_saes", "save_sae"),
@@ -66,6 +73,7 @@ _MODULES = {
         "init_sae",
         "to_dense",
     ),
+    "statistics_files": ("load_statistics",),
     "steering": ("Applied", "Steer", "count_applied", "load_recipe", "save_recipe", "steer"),
     "taps": ("Tap", "chain"),
 }

@@ -89,6 +89,17 @@ def load_statistics(
     return {layer: _read(source.fetch(held[layer]), layer) for layer in wanted}
 
 
+def statistics_of(sae: Source, given: str | os.PathLike[str] | None = None) -> dict[int, LayerStatistics] | None:
+    """The statistics that were named, else those that stand beside a set of SAEs; None where there are none.
+
+    Raises:
+      SourceError, ValueError: see `load_statistics`.
+    """
+    if given is not None or sae.kind == "demo":
+        return load_statistics("demo" if given is None else given)
+    return load_statistics(sae) if any(_NAME.fullmatch(name) for name in sae.names()) else None
+
+
 def _read(path: Path, layer: int) -> LayerStatistics:
     file = open_tensors(path)
     said = file.metadata

@@ -4,7 +4,7 @@ Every pair of a recipe and a prompt is a row of a batch, so that a sweep, or a r
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +40,10 @@ class Judged(NamedTuple):
 class Outcome(NamedTuple):
     """What came of one arm of a trial; means over its rows.
 
-    share: of letters in the scripts asked for; nll, kl and read as in `Judged`; distinct: different 3-grams over all
-    3-grams of token ids (rows with fewer than 3 tokens left out); languages: share of rows in each; selected and
-    changed: tokens per row that its entries chose and changed, summed over entries; texts: the continuations.
+    share: of letters in the scripts asked for, NaN without; nll, kl and read as in `Judged`; distinct: different
+    3-grams over all 3-grams of token ids (rows with fewer than 3 tokens left out, NaN if all are); languages: share of
+    rows in each; selected and changed: tokens per row that its entries chose and changed, summed over entries; texts:
+    the continuations.
     """
 
     share: float
@@ -79,6 +80,7 @@ def try_recipes(
     stats: Stats | None = None,
     features: Sequence[tuple[int, int]] = (),
     writing: Writing | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Outcome]:
     """Continues every prompt under every recipe of every arm, and says per arm what came of it.
 
@@ -93,6 +95,7 @@ def try_recipes(
       stats: as `steer` takes them.
       features: (layer, feature) whose activations are read back.
       writing: how; by default `Writing()`.
+      progress: told after every batch how many rows and tokens were written.
 
     Raises:
       ValueError: no prompts, or what `generate` and `steer` refuse.
@@ -104,10 +107,11 @@ def try_recipes(
         part = rows[start : start + writing.batch_rows]
         # A last batch of another size would be compiled anew: it is filled up.
         filled = part + part[-1:] * (writing.batch_rows - len(part) if start else 0)
-        for (name, _, _), row in zip(
-            part, _write(backbone, saes, prompts, filled, stats, features, writing), strict=False
-        ):
+        written = _write(backbone, saes, prompts, filled, stats, features, writing)[: len(part)]
+        for (name, _, _), row in zip(part, written, strict=True):
             found[name].append(row)
+        if progress is not None:
+            progress(len(part), sum(len(row[0]) for row in written))
     return {name: _outcome([*rows], tokenizer, writing) for name, rows in found.items()}
 
 
@@ -222,13 +226,14 @@ def _write(backbone, saes, prompts, rows, stats, features, writing: Writing):
 def _outcome(rows: list[Any], tokenizer: Any, writing: Writing) -> Outcome:
     tokens, nll, kl, read, selected, changed = zip(*rows, strict=True)
     texts = tuple(tokenizer.decode(row, skip_special_tokens=True) for row in tokens)
-    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")  # noqa: E731
+    mean = lambda values: float(np.mean(values))  # noqa: E731
+    distinct = [distinct_ngrams(row.tolist()) for row in tokens if len(row) >= 3]
     return Outcome(
-        share=mean([script_share(text, *writing.scripts) for text in texts] if writing.scripts else []),
+        share=mean([script_share(text, *writing.scripts) for text in texts]) if writing.scripts else float("nan"),
         nll=mean(nll),
         kl=mean(kl),
         read=tuple(map(float, np.mean(read, axis=0))),
-        distinct=mean([distinct_ngrams(row.tolist()) for row in tokens if len(row) >= 3]),
+        distinct=mean(distinct) if distinct else float("nan"),
         languages=language_shares(texts, writing.languages) if writing.languages else {},
         selected=mean(selected),
         changed=mean(changed),
