@@ -21,7 +21,7 @@ LANGUAGES = ("zh", "ru", "ko")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What steering does to the embedded model.")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parsed = parser.parse_args()
