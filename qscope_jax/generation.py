@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.config import ModelConfig
@@ -22,6 +22,7 @@ from qscope_jax.mesh import mesh_of, to_host
 from qscope_jax.sampling import Rows, check_sampling
 from qscope_jax.taps import Tap
 
+Tensor = jax.Array | np.ndarray
 _FEWEST = 16  # the smallest bucket
 _IN_CACHE = 8 << 20  # bytes of a layer
 _EOS_IDS = 8  # fewer are filled up, so that another number of them mostly does not recompile
@@ -72,9 +73,9 @@ class Generation(NamedTuple):
 def generate(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "b t"],
+    tokens: Int[Tensor, "b t"],
     *,
-    mask: Bool[Array, "b t"] | None = None,
+    mask: Bool[Tensor, "b t"] | None = None,
     tap: Tap | None = None,
     max_new_tokens: int,
     temperature: Rows = 0.0,
@@ -122,9 +123,9 @@ def generate(
 def start(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "b t"],
+    tokens: Int[Tensor, "b t"],
     *,
-    mask: Bool[Array, "b t"] | None = None,
+    mask: Bool[Tensor, "b t"] | None = None,
     tap: Tap | None = None,
     max_new_tokens: int,
     eos: Sequence[int] | None = None,

@@ -65,6 +65,11 @@ def results(out):
 
 
 def start(release, data, out, cache, *options):
+    return launch(command(release, data, out, *options), cache)
+
+
+def launch(arguments, cache):
+    """A command as a process of its own."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
@@ -72,8 +77,9 @@ def start(release, data, out, cache, *options):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     program = "import sys; from qscope_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = [sys.executable, "-P", "-c", program, *command(release, data, out, *options)]
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 def stop_when(process, number, ready, deadline=240):

@@ -27,10 +27,12 @@ ROWS = [
             "evaluate",
             "generation",
             "generation_steps",
+            "completions",
+            "completions_file",
             "objectives",
             "splice",
         ),
-        *("statistics", "statistics_files", "concepts", "discovery", "training", "trials"),
+        *("statistics", "statistics_files", "concepts", "diagnosis", "discovery", "training", "trials"),
     ],
     ["benchmarks"],
     ["api", "explorer", "jobs"],
@@ -140,7 +142,7 @@ def test_no_circles_between_components():
     assert set(edges) - done == set()
 
 
-_SHARED = {"run", "places", "progress", "train_config", "train_inputs", "train_results"}
+_SHARED = {"run", "places", "progress", "recipes", "generate_inputs", "train_config", "train_inputs", "train_results"}
 
 
 def test_jobs_share_only_what_is_no_command():
