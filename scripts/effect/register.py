@@ -15,7 +15,7 @@ from qscope_jax.steering.controls import control_recipes
 from qscope_jax.trials import Writing, try_recipes
 
 STRENGTHS = (0.25, 0.5, 0.75)  # xnorm
-TRAINED, JUDGED, REPORTED, LENGTH = 150, 60, 64, 128
+TRAINED, JUDGED, REPORTED, LENGTH = 150, 30, 30, 128
 MANUALS = ("office", "image", "desktop")
 
 
