@@ -28,6 +28,7 @@ from qscope_jax.backbone.forward import check_tokens
 from qscope_jax.backbone.weights import Backbone
 from qscope_jax.data.batches import Buckets, cut_documents, plan_batches, ranges
 from qscope_jax.extract import ExtractStep, check_sae, feed_batches, make_extract_step, measure_sinks, stream
+from qscope_jax.mesh import mesh_of
 from qscope_jax.sae.model import Sae
 
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
@@ -141,7 +142,9 @@ def discover(
     groups = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
     documents = encoder([text for own in texts for text in own])
     longest = max_length or min(backbone.config.max_position_embeddings, 4096)
-    seen = pool_texts(backbone, saes, documents, Buckets(batch_tokens, longest, 2), step=step, progress=progress)
+    mesh = mesh_of(backbone.params["embed"])
+    buckets = Buckets(batch_tokens, longest, 2, multiple=1 if mesh is None else mesh.shape["data"])
+    seen = pool_texts(backbone, saes, documents, buckets, step=step, progress=progress)
     half = halves(groups)
     choosing = {n: choose_documents(one, half == 0) for n, one in seen.pooled.items()}
     judging = {n: choose_documents(one, half == 1) for n, one in seen.pooled.items()}

@@ -19,6 +19,7 @@ from qscope_jax.data.batches import Batch, Buckets, Filled, Segments, cut_docume
 from qscope_jax.data.documents import Part, Parts, read_ahead
 from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.store_files import fingerprint, read_facts
+from qscope_jax.evaluate import replicate
 from qscope_jax.extract import ExtractStep, HostOutput, StepOutput, stream
 from qscope_jax.sae.model import Sae
 
@@ -156,7 +157,7 @@ class _Work(NamedTuple):
 
 def _count_part(state: Counted, layout: "_Layout", work: _Work, watch: Watch) -> Counted:
     """Counts the batches that are left of a part, or as many as it can before it is asked to stop."""
-    tallies, done = state.tallies, state.batches
+    tallies, done = replicate(state.tallies, work.params), state.batches
     begin = done
 
     def feed() -> Iterator[tuple[int, Filled]]:

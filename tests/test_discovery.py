@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from qscope_jax.data.batches import Buckets
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.discovery import discover, pool_texts
 from qscope_jax.extract import extract_documents, make_extract_step
+from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 
 WORDS = {"positive": "fox jumps over the lazy dog", "one": "Übung macht den Meister", "two": "習慣 成 自然"}
@@ -101,6 +103,15 @@ def test_other_statistics_rank_by_themselves(parts, sets):
         features, chosen, _ = other.table[other.features[0].layer]
         assert other.features[0].score == chosen.score[features == other.features[0].feature] == chosen.score.max()
         assert other.features[0].p == 1
+
+
+def test_a_mesh_finds_the_same(tiny_release, sets, found, parts):
+    mesh = make_mesh(2, 2, devices=jax.devices()[:4])
+    backbone = load_backbone(tiny_release / "model", dtype="float32", mesh=mesh)
+    saes = load_saes(tiny_release / "sae", mesh=mesh)
+    other = discover(backbone, saes, parts[2], *sets, top=7, permutations=0, batch_tokens=256)
+    assert [(f.layer, f.feature) for f in other.features] == [(f.layer, f.feature) for f in found.features]
+    np.testing.assert_allclose([f.score for f in other.features], [f.score for f in found.features], rtol=1e-4)
 
 
 def test_sinks_are_left_out(parts, sets):

@@ -22,7 +22,7 @@ class Pooled(NamedTuple):
     """One layer's activations of n documents, summed up per document and feature, ordered by (feature, document).
 
     `tokens` [n] that count; of each pair in which the feature fires: `feature`, `document`, the `total` and `largest`
-    value and on how many tokens (`fired`), all [m].
+    value and on how many tokens (`fired`), all [m]: 24 bytes a pair.
     """
 
     tokens: np.ndarray
@@ -54,10 +54,9 @@ def pool_tokens(values: np.ndarray, indices: np.ndarray, document: np.ndarray, d
     Tokens that are not to count must be left out before.
     """
     row, slot = np.nonzero(values > 0)
-    value = values[row, slot].astype(np.float64)
-    once = np.ones(len(row), np.int64)
-    tokens = np.bincount(document, minlength=documents)
-    return _summed(Pooled(tokens, indices[row, slot].astype(np.int64), document[row], value, value, once))
+    value, once = values[row, slot], np.ones(len(row), np.int32)
+    feature, tokens = indices[row, slot].astype(np.int32), np.bincount(document, minlength=documents)
+    return _summed(Pooled(tokens, feature, document[row].astype(np.int32), value.astype(np.float64), value, once))
 
 
 def join_pooled(parts: Sequence[Pooled]) -> Pooled:
@@ -71,7 +70,7 @@ def choose_documents(pooled: Pooled, chosen: np.ndarray) -> Pooled:
     number = np.cumsum(chosen) - 1
     kept = chosen[pooled.document]
     rest = [array[kept] for array in pooled[1:]]
-    rest[1] = number[rest[1]]
+    rest[1] = number[rest[1]].astype(np.int32)
     return Pooled(pooled.tokens[chosen], *rest)
 
 

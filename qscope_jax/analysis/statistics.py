@@ -3,7 +3,7 @@
 density f = tokens on which f fires / tokens that count; a token of enormous norm (a sink) never counts.
 Values fall into bins by the first bits of their float32 form: eight to an octave, from 2^-10 to 2^14, so a quantile is
 the middle of its bin and at most 1/16 off, relatively (outside of that range: at the range's end). Norms have 128 bins
-to an octave, at most 1/256 off. Per feature a tally takes 204 x 4 bytes on the device, 8 bytes a number on the host.
+to an octave, at most 1/256 off. Per feature a tally takes 195 x 4 bytes on the device, twice that on the host.
 """
 
 from typing import NamedTuple

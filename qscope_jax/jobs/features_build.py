@@ -10,96 +10,24 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import jax
-import tyro
+from typing import Any
 
 from qscope_jax.analysis.statistics import QUANTILE_ERROR, LayerStatistics, summarize_tally
-from qscope_jax.backbone.config import ModelConfig, read_config
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data import store_files
-from qscope_jax.data.batches import PLAN, Buckets
 from qscope_jax.data.documents import Part, Parts, read_ahead
 from qscope_jax.data.store import FeatureStore
-from qscope_jax.data.text import Fields, open_corpus
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
-from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
+from qscope_jax.data.tokenizer import load_tokenizer, tokenizer_hash
+from qscope_jax.extract import make_extract_step, measure_sinks
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.source import Source, resolve
-from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import Run, check_local, devices, hash_files, plain, say
-from qscope_jax.sae.formats import layers_of, load_sae, open_sae
-from qscope_jax.sae.formats.facts import settle
+from qscope_jax.jobs.features_config import Config, Opened, check_numbers, open_inputs
+from qscope_jax.jobs.run import Run, check_local, devices, plain
+from qscope_jax.sae.formats import load_sae
 from qscope_jax.sae.model import Contract
 from qscope_jax.statistics import Counted, Watch, check_store, count_store, count_text, init_counted, make_fold_step
 from qscope_jax.statistics_files import contexts_path, put_aside, save_statistics, table, take_up, write_contexts
 
-_MAX_LENGTH = 4096
-_BATCH_TOKENS = {True: 4096, False: 16_384}
 _ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Count what features do on a text."""
-
-    data: tyro.conf.Positional[tuple[str, ...]] = ("demo",)
-    """Files, folders or globs of JSONL, parquet or text, local or remote; "demo" ships along."""
-    model: str = "demo"
-    """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
-    sae: str = "demo"
-    """SAEs, likewise; one file is fine too."""
-    store: Path | None = None
-    """Count the codes in this folder, made by `qscope extract --per token --mask-sinks`, instead of a text's; the model
-    is asked for its tokenizer only."""
-    k: int | None = None
-    """Features per token, where the SAE source does not say it (or says it wrong)."""
-    layers: tuple[int, ...] = ()
-    """Layers (0-based, the output of decoder layer n); all that the SAE source holds by default."""
-    out: Path = Path("qscope-out/features")
-    """Folder of the results. The same command goes on in it."""
-
-    contexts: int = 8
-    """Best documents to keep per feature, with the text around the best token; 0: none. They take 112 bytes each."""
-    tokens: int | None = None
-    """Take whole documents until they have so many tokens; by default all."""
-    histograms: bool = True
-    """Keep each feature's histogram, of which any quantile can be asked; without: the 50, 90 and 99 % quantiles."""
-    save_every: float = 300.0
-    """Seconds after which what is counted is put aside, at the next end of a part; on SIGTERM it always is."""
-
-    text_field: str = "text"
-    """Column of the text."""
-    format: Literal["jsonl", "parquet", "text"] | None = None
-    """What the files are, where their endings do not say it."""
-    document: Literal["line", "file"] = "line"
-    """Whether each line or each file of plain text is a document."""
-    on_error: Literal["skip", "fail"] = "skip"
-    """Rows that cannot be used: list them in errors.jsonl, or stop at the first."""
-    max_length: int | None = None
-    """Longest row in tokens; longer documents are cut into windows. By default the model's context, at most 4096."""
-    batch_tokens: int | None = None
-    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere."""
-    precision: Literal["fast", "parity"] = "fast"
-    """bfloat16, or the float32 arithmetic of the release's demo."""
-    part_rows: int = 32_768
-    """Rows per part, at most."""
-    part_bytes: int = 4 << 20
-    """Bytes of input per part, about."""
-
-
-class Opened(NamedTuple):
-    """What a run reads, opened but not loaded; `facts` decide every number."""
-
-    model: Source
-    sae: Source
-    saes: dict[int, str]
-    shapes: tuple[int, ...]
-    parts: Parts
-    buckets: Buckets
-    constants: ModelConfig
-    facts: dict[str, Any]
 
 
 def run(config: Config) -> None:
@@ -110,24 +38,21 @@ def run(config: Config) -> None:
       FloatingPointError: the model overflows.
       Interrupted: SIGTERM or SIGINT came; what was counted is put aside.
     """
-    for name in ("k", "tokens", "max_length", "batch_tokens", "part_rows", "part_bytes"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if config.contexts < 0:
-        raise ValueError(f"--contexts {config.contexts}: expected at least 0")
+    check_numbers(config)
     check_local(config.out, why="it goes on from what is in the folder")
     with Run("features build", config, config.out) as job:
         if config.store is not None:
             _build_from_store(config, job, FeatureStore(config.store))
         else:
-            _build_from_text(config, job, _open(config))
+            _build_from_text(config, job, open_inputs(config))
     print(f"\n{job.address}: statistics.json, a file per layer, contexts/")
 
 
 def _build_from_text(config: Config, job: Run, opened: Opened) -> None:
     dtype, contract = _ARITHMETIC[config.precision]
-    backbone = load_backbone(opened.model, dtype=dtype)
-    saes = tuple(_encoder(load_sae(opened.sae, layer, k=config.k, dtype=dtype)) for layer in opened.saes)
+    backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
+    options: Any = {"k": config.k, "dtype": dtype, "mesh": opened.mesh}
+    saes = tuple(_encoder(load_sae(opened.sae, layer, **options)) for layer in opened.saes)
     step = make_extract_step(backbone.config, tuple(opened.saes), contract=contract)
     documents = (ids for part in read_ahead(opened.parts) for ids in part.tokens)
     thresholds = measure_sinks(step, backbone.params, saes, documents, opened.buckets)
@@ -158,6 +83,13 @@ def _build_from_text(config: Config, job: Run, opened: Opened) -> None:
 
 def _build_from_store(config: Config, job: Run, store: FeatureStore) -> None:
     check_store(store)
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    kept = ("model", "store", "out", "contexts", "histograms", "save_every")
+    if other := [name for name in defaults if name not in kept and getattr(config, name) != defaults[name]]:
+        raise ValueError(f"--{other[0].replace('_', '-')} beside --store: the store was made with its own")
+    tokenizer = load_tokenizer(config.model)
+    if tokenizer_hash(tokenizer) != store.info["tokenizer"]:
+        raise ValueError(f"{config.store} holds tokens of another tokenizer than {config.model}: name its --model")
     sae = store.info["sae"]
     facts = plain(
         {"store": store_files.fingerprint(store.info), "settings": {"contexts": config.contexts}}
@@ -176,51 +108,8 @@ def _build_from_store(config: Config, job: Run, store: FeatureStore) -> None:
         # A store keeps no norms; its threshold is ten times the median that was measured for it.
         found[layer] = one._replace(median_norm=thresholds[layer] / 10)
     ids = store.documents().column("id")
-    _write(config, job, facts, found, state, load_tokenizer(config.model), lambda number: ids[number].as_py())
+    _write(config, job, facts, found, state, tokenizer, lambda number: ids[number].as_py())
     aside.unlink(missing_ok=True)
-
-
-def _open(config: Config) -> Opened:
-    """Opens everything and refuses what does not fit, before any weights are read."""
-    model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-    constants = read_config(model.fetch("config.json"))
-    layers = tuple(sorted(config.layers)) or layers_of(sae)
-    if len(set(layers)) != len(layers) or not layers:
-        raise ValueError(f"{sae}: layers {layers}: expected different layers; name them with --layers")
-    opened = {layer: open_sae(sae, layer) for layer in layers}
-    known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
-    for layer, one in known.items():
-        check_sae(constants, layer, one)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, constants.vocab_size)
-    longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
-    if longest > constants.max_position_embeddings:
-        raise ValueError(f"--max-length {longest}: the model's context is {constants.max_position_embeddings} tokens")
-    corpus = open_corpus(
-        config.data, Fields(config.text_field), format=config.format, document=config.document, say=say
-    )
-    if not len(corpus):
-        raise ValueError(f"{', '.join(config.data)}: no rows; every file is empty")
-    buckets = Buckets(config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"], longest, per_octave=1)
-    ranges = corpus.parts(rows=config.part_rows, size=config.part_bytes)
-    parts = Parts(corpus, ranges, make_encoder(tokenizer), constants.vocab_size)
-    files = hash_files(o.path for o in opened.values())
-    hashes = {layer: next(iter(hash_files([o.path]).values())) for layer, o in opened.items()}
-    settings = ("contexts", "tokens", "text_field", "document", "precision", "part_rows", "part_bytes")
-    facts = {
-        "model": {"name": model.name, "files": hash_files(model_files(model))},
-        "sae": {"name": sae.name, "files": files, "k": {layer: one.k for layer, one in known.items()}},
-        "data": corpus.fingerprint(),
-        "tokenizer": tokenizer_hash(tokenizer),
-        "settings": {
-            **{name: getattr(config, name) for name in settings},
-            "max_length": longest,
-            "batch_tokens": buckets.batch_tokens,
-            "plan": PLAN,
-        },
-    }
-    shapes = tuple(one.d_sae for one in known.values())
-    return Opened(model, sae, hashes, shapes, parts, buckets, constants, plain(facts))
 
 
 def _encoder(sae):

@@ -65,8 +65,9 @@ class Config:
     """Relabellings of the documents behind each p, which is no smaller than 1 / (permutations + 1)."""
     seed: int = 0
     """Of the relabellings."""
-    documents: int = 1000
-    """Take at most so many documents of a set, evenly spread over it; what they fire on is kept in memory."""
+    documents: int = 200
+    """Take at most so many documents of a set, evenly spread over it; per layer they take 24 bytes of memory for every
+    document and feature that fires in it."""
 
     text_field: str = "text"
     """Column of the text."""

@@ -161,6 +161,24 @@ def put_aside(out):
     return int(file.array("0.total.tokens")) + int(file.array("0.tally.tokens"))
 
 
+def test_a_killed_run_goes_on_from_what_was_last_put_aside(built, tiny_release, data, tmp_path, monkeypatch):
+    progress = Run.progress
+
+    def crash(self, *, rows, tokens, already=0):
+        progress(self, rows=rows, tokens=tokens, already=already)
+        if tokens and (tmp_path / "partial.safetensors").exists():
+            raise MemoryError("killed in the middle of a part")
+
+    monkeypatch.setattr(Run, "progress", crash)
+    with pytest.raises(MemoryError):
+        cli.main(command(tiny_release, data, tmp_path, "--save-every", "0"))
+    monkeypatch.setattr(Run, "progress", progress)
+    before = put_aside(tmp_path)
+    assert 0 < before < load_statistics(built)[0].tokens
+    assert cli.main(command(tiny_release, data, tmp_path)) == 0
+    assert results(tmp_path) == results(built)
+
+
 def test_what_another_run_put_aside_is_refused(tiny_release, data, tmp_path, capsys):
     write_tensors(tmp_path / "partial.safetensors", {"a": np.zeros(1)}, {"run": "{}"})
     assert cli.main(command(tiny_release, data, tmp_path)) == 2
@@ -185,6 +203,15 @@ def test_a_store_gives_what_its_text_gives(built, tiny_release, data, tmp_path, 
         texts_of = [pq.read_table(f / "contexts" / f"layer{layer}.parquet").column("text").to_pylist()
                     for f in (built, out)]  # fmt: skip
         assert texts_of[0] == texts_of[1]
+
+
+def test_a_store_goes_with_its_own_options_and_tokenizer(tiny_release, data, tmp_path, capsys):
+    extract(tiny_release, data, tmp_path / "store", "--per", "token", "--mask-sinks")
+    build = ["features", "build", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    assert cli.main([*build, "--layers", "1"]) == 2
+    assert "--layers beside --store" in capsys.readouterr().err
+    assert cli.main(build) == 2  # the embedded model's
+    assert "tokens of another tokenizer than demo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,3 +277,15 @@ def test_another_runs_folder_is_left_alone(built, tiny_release, data, tmp_path, 
     assert cli.main(command(tiny_release, data, out, "--contexts", "2")) == 2
     assert "choose another --out" in capsys.readouterr().err
     assert results(out) == results(built)
+
+
+def test_a_mesh_counts_the_same(built, tiny_release, data, tmp_path):
+    assert cli.main(command(tiny_release, data, tmp_path, "--mesh", "2x2")) == 0
+    one, other = load_statistics(built), load_statistics(tmp_path)
+    for layer in (0, 1):
+        assert (one[layer].tokens, one[layer].sinks) == (other[layer].tokens, other[layer].sinks)
+        np.testing.assert_array_equal(one[layer].density, other[layer].density)
+        for name in ("max", "mean"):
+            np.testing.assert_allclose(getattr(one[layer], name), getattr(other[layer], name), rtol=1e-5)
+        rows = [pq.read_table(f / "contexts" / f"layer{layer}.parquet").column("tokens") for f in (built, tmp_path)]
+        assert rows[0].to_pylist() == rows[1].to_pylist()

@@ -142,7 +142,17 @@ def test_no_circles_between_components():
     assert set(edges) - done == set()
 
 
-_SHARED = {"run", "places", "progress", "recipes", "generate_inputs", "train_config", "train_inputs", "train_results"}
+_SHARED = {
+    "run",
+    "places",
+    "progress",
+    "recipes",
+    "generate_inputs",
+    "features_config",
+    "train_config",
+    "train_inputs",
+    "train_results",
+}
 
 
 def test_jobs_share_only_what_is_no_command():
