@@ -39,19 +39,41 @@ def parameter_shapes(
     return shapes
 
 
-def split_layers(params: Params, config: ModelConfig) -> Params:
-    """Parameters in a CPU's memory with "layers", a tuple of trees without the period axis, in the place of "period".
+def split_layers(params: Params, config: ModelConfig, *, consume: bool = False) -> Params:
+    """Parameters with "layers", a tuple of trees without the period axis, in the place of "period".
 
-    Nothing is copied where a layer's leaf begins at a multiple of 64 bytes: the arrays are views, which `forward` reads
-    where they lie, while a scan's slice of a layer is a copy. So they must not be used beyond `params`.
+    `forward` reads them where they lie, while a scan's slice of a layer is a copy on CPUs and, of most matrices, on
+    GPUs; its program grows with depth.
+
+    Args:
+      params: on one device.
+      config: the model.
+      consume: copy layer by layer and free every stack when it is copied. By default the layers are views of a CPU's
+        memory, copied only where they do not begin at a multiple of 64 bytes, and not to be used beyond `params`.
+
+    Raises:
+      ValueError: views are asked for of arrays that are not on a CPU.
     """
     device = next(iter(params["embed"].devices()))
-    # Of the shard, since an array would keep its view in NumPy for as long as it lives.
-    stacks = jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data), params["period"])
-    p = len(config.period)
-    views = tuple(jax.tree.map(lambda a: a[l // p], stacks[l % p]) for l in range(config.num_layers))  # noqa: B023
-    layers = jax.device_put(views, device, may_alias=True)
-    return {name: leaf for name, leaf in params.items() if name != "period"} | {"layers": layers}
+    p, numbers = len(config.period), range(config.num_layers)
+    if not consume and device.platform != "cpu":
+        raise ValueError(f"only a CPU's memory has views, not that of a {device.platform}; use consume=True")
+    rest = {name: leaf for name, leaf in params.items() if name != "period"}
+    if not consume:
+        # Of the shard, since an array would keep its view in NumPy for as long as it lives.
+        stacks = jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data), params["period"])
+        views = tuple(jax.tree.map(lambda a: a[l // p], stacks[l % p]) for l in numbers)  # noqa: B023
+        return rest | {"layers": jax.device_put(views, device, may_alias=True)}
+
+    def parts(stack: jax.Array) -> list[jax.Array]:
+        found = [stack[i] for i in range(len(stack))]
+        jax.block_until_ready(found)
+        stack.delete()
+        return found
+
+    leaves, trees = zip(*(jax.tree.flatten(slot) for slot in params["period"]), strict=True)
+    cut = [[parts(leaf) for leaf in slot] for slot in leaves]
+    return rest | {"layers": tuple(trees[l % p].unflatten([a[l // p] for a in cut[l % p]]) for l in numbers)}
 
 
 def empty_tree(config: ModelConfig) -> Params:

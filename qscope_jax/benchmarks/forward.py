@@ -27,15 +27,7 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
     Raises:
       ValueError: torch is not installed.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "the benchmark `forward` compares with transformers on torch, which is not installed: install the extra "
-            "`parity`, or leave it out with --what prefill moe compile extract load"
-        ) from None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch = torch_for("forward")
     configs = {
         "qwen3 1.7b": qwen3_1p7b(4),
         "qwen3_moe 30b-a3b": qwen3_30b_a3b(4, 16),
@@ -44,6 +36,24 @@ def bench_forward(*, rounds: int) -> dict[str, Any]:
     }
     compared = {name: compare_with_transformers(config, (2, 256), rounds=rounds) for name, config in configs.items()}
     return {"what": "time of transformers / ours", "threads": torch.get_num_threads(), **compared}
+
+
+def torch_for(benchmark: str) -> Any:
+    """torch, on as many threads as there are cores.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"the benchmark `{benchmark}` compares with transformers on torch, which is not installed: install the "
+            "extra `parity`, or leave it out with --what prefill moe compile extract load"
+        ) from None
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch
 
 
 def compare_with_transformers(config: ModelConfig, shape: tuple[int, int], *, rounds: int) -> dict[str, float]:
@@ -86,15 +96,21 @@ def _hidden(params: Any, config: ModelConfig, tokens: jax.Array) -> Any:
 
 def _model_of(params: Any, config: ModelConfig) -> Any:
     """The model of `transformers` with these weights; its modules keep a layer's experts fused."""
-    import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModel
 
     written = config.to_hf()
     model = AutoModel.from_config(AutoConfig.for_model(written.pop("model_type"), **written)).float().eval()
+    give_weights(model, params, config)
+    return model
+
+
+def give_weights(model: Any, params: Any, config: ModelConfig) -> None:
+    """Copies weights into the text model of `transformers` (without its head)."""
+    import torch  # pyright: ignore[reportMissingImports]
+
     state = model.state_dict()
     for tensor in checkpoint_tensors(config, Dialect("", fused=True)):
         held = [np.asarray(piece.leaf_of(params)[piece.place]) for piece in tensor.pieces]
         state.pop(tensor.name).copy_(torch.from_numpy(np.array(to_stored(tensor, held))))
     if state:
         raise AssertionError(f"the model of transformers has more tensors than ours: {', '.join(state)}")
-    return model

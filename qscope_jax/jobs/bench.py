@@ -12,6 +12,7 @@ from qscope_jax.benchmarks.compile import bench_compile
 from qscope_jax.benchmarks.end_to_end import bench_end_to_end
 from qscope_jax.benchmarks.extract import bench_extract
 from qscope_jax.benchmarks.forward import bench_forward, bench_prefill
+from qscope_jax.benchmarks.generate import bench_generate
 from qscope_jax.benchmarks.load import bench_load
 from qscope_jax.benchmarks.moe import bench_moe
 from qscope_jax.benchmarks.paired import FEWEST
@@ -24,7 +25,7 @@ from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.jobs.run import Run, versions
 
 Sparse = Literal["ceilings", "encode", "decode", "gradient", "step", "end_to_end"]
-What = Literal["forward", "prefill", "moe", "compile", "extract", "statistics", "train", "load", Sparse]
+What = Literal["forward", "generate", "prefill", "moe", "compile", "extract", "statistics", "train", "load", Sparse]
 
 _SPARSE: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_ceilings,
@@ -42,11 +43,11 @@ class Config:
     """Measure speed and memory on this machine, as ratios within one run."""
 
     what: tuple[What, ...] = get_args(What)
-    """`forward` against transformers (needs torch), `prefill` of linear against full attention, `moe` of 128 experts
-    against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic, `statistics`
-    against extraction, `load` for peak memory; the sparse operations: `encode` over the bare matmul, `decode`,
-    `gradient` and a training `step` over dense ones, `end_to_end`: forward and encode over forward, and `ceilings`:
-    what this device reaches."""
+    """`forward` and `generate` against transformers (need torch), `prefill` of linear against full attention, `moe` of
+    128 experts against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic,
+    `statistics` against extraction, `load` for peak memory; the sparse operations: `encode` over the bare matmul,
+    `decode`, `gradient` and a training `step` over dense ones, `end_to_end`: forward and encode over forward, and
+    `ceilings`: what this device reaches."""
     rounds: int = 20
     """Pairs per ratio; fewer where one takes minutes."""
     cases: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ def run(config: Config) -> None:
     )  # fmt: skip
     benchmarks = {
         "forward": lambda: bench_forward(rounds=config.rounds),
+        "generate": lambda: bench_generate(rounds=config.rounds),
         "prefill": lambda: bench_prefill(rounds=config.rounds),
         "moe": lambda: bench_moe(rounds=config.rounds),
         "compile": lambda: bench_compile(rounds=config.rounds),

@@ -9,9 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
+from qscope_jax.backbone.parameters import split_layers
 from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.completions import Completion, Prompt, Stopped, complete, plan_rows
 from qscope_jax.completions_file import append, dump, sort, take_up
@@ -167,7 +169,10 @@ def _write_all(config: Config, job: Run, opened: Opened, steering: Steering) -> 
 
 def _load(opened: Opened) -> Backbone:
     dtype = "float32" if opened.facts["precision"] == "parity" else "bfloat16"
-    return load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
+    config, params = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
+    if opened.mesh is None and jax.default_backend() == "gpu":
+        params = split_layers(params, config, consume=True)
+    return Backbone(config, params)
 
 
 def _make(
