@@ -1,11 +1,13 @@
-"""One pass over a text, or over stored codes, that counts what every feature of every layer does.
+"""One pass over a text that counts what every feature of every layer does.
 
 Tallies lie on the device and are folded there, batch by batch; the best places of every feature are kept on the host.
 At the end of a part of the text the tallies move to the host. What is counted depends on the text and the settings
 alone, so that a run can be put aside after any batch and end with the same bits.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import jax
@@ -14,16 +16,11 @@ import numpy as np
 from qscope_jax.analysis.contexts import Tokens, TopContexts, add_contexts, init_contexts
 from qscope_jax.analysis.statistics import HostTally, Tally, host_tally, init_tally, merge_tallies, update_tally
 from qscope_jax.backbone.forward import Params
-from qscope_jax.data.assemble import TokenCodes
 from qscope_jax.data.batches import Batch, Buckets, Filled, Segments, cut_documents, fill_batch, plan_batches, ranges
 from qscope_jax.data.documents import Part, Parts, read_ahead
-from qscope_jax.data.store import FeatureStore
-from qscope_jax.data.store_files import fingerprint, read_facts
 from qscope_jax.evaluate import replicate
 from qscope_jax.extract import ExtractStep, HostOutput, StepOutput, stream
 from qscope_jax.sae.model import Sae
-
-_CHUNK = 16_384  # stored tokens per call
 
 
 class Counted(NamedTuple):
@@ -128,16 +125,24 @@ def count_text(
       FloatingPointError: the residual stream is not finite.
     """
     fold, thresholds = fold or make_fold_step(), np.asarray(sink_thresholds, np.float32)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        work = _Work(step, params, saes, thresholds, fold, threads)
+        return _count_parts(state, parts, buckets, work, watch, tokens)
+
+
+def _count_parts(
+    state: Counted, parts: Parts, buckets: Buckets, work: "_Work", watch: Watch, tokens: int | None
+) -> tuple[Counted, bool]:
     for part in read_ahead(parts):
         if watch.stopping():
             return state, False
         layout = _lay_out(part, buckets, None if tokens is None else tokens - state.tokens)
         rows = [int(layout.opens[batch.segments].sum()) for batch in layout.plan]
         watch.progress(rows=0, tokens=0, already=sum(rows[: state.batches]))
-        state = _count_part(state, layout, _Work(step, params, saes, thresholds, fold), watch)
+        state = _count_part(state, layout, work, watch)
         if state.batches < len(layout.plan):
             return state, False
-        state = _finish(state, sum(rows), int(layout.segments.lengths.sum()), len(part.bad))
+        state = finish_part(state, sum(rows), int(layout.segments.lengths.sum()), len(part.bad))
         watch.progress(rows=len(part.bad), tokens=0)
         watch.finished(part, state)
         if tokens is not None and state.tokens >= tokens:
@@ -153,6 +158,7 @@ class _Work(NamedTuple):
     saes: Sequence[Sae]
     thresholds: np.ndarray
     fold: FoldStep
+    threads: ThreadPoolExecutor
 
 
 def _count_part(state: Counted, layout: "_Layout", work: _Work, watch: Watch) -> Counted:
@@ -172,75 +178,10 @@ def _count_part(state: Counted, layout: "_Layout", work: _Work, watch: Watch) ->
 
     for place, output in stream(work.step, work.params, work.saes, feed(), watch=folded):
         batch, done = layout.plan[place], place + 1
-        _add_batch(state.contexts, layout, batch, output, work.thresholds)
+        _add_batch(state.contexts, layout, batch, output, work)
         tokens = int(layout.segments.lengths[batch.segments].sum())
         watch.progress(rows=int(layout.opens[batch.segments].sum()), tokens=tokens)
     return state._replace(tallies=tallies, batches=done)
-
-
-def count_store(state: Counted, store: FeatureStore, *, watch: Watch) -> tuple[Counted, bool]:
-    """Counts the rest of the codes of a store; True if it came to the end. Documents are numbered as in the store.
-
-    Tokens that the extraction masked as sinks hold no code; they are counted as sinks here.
-
-    Raises:
-      ValueError: the store holds pooled or selected features or no sinks were masked, or it is damaged.
-    """
-    check_store(store)
-    fold = jax.jit(update_tally, donate_argnums=0)
-    for columns in zip(*(store.token_codes(layer) for layer in store.layers), strict=True):
-        part, offsets, tokens, _ = columns[0]
-        if part.number < state.part:
-            watch.progress(rows=0, tokens=0, already=part.documents)
-            continue
-        if watch.stopping():
-            return state, False
-        lengths = np.diff(offsets)
-        local = np.repeat(np.arange(part.documents), lengths)
-        begin, end, place = offsets[:-1][local], offsets[1:][local], np.arange(len(tokens))
-        where = Tokens(local + part.first, place - begin, tokens, place, begin, end)
-        tallies = []
-        for i, (_, _, _, code) in enumerate(columns):
-            if (largest := int(code.idx[code.val > 0].max(initial=0))) >= store.d_sae(store.layers[i]):
-                raise ValueError(f"{part.acts}: feature {largest} of layer {store.layers[i]}: the file is damaged")
-            tallies.append(_count_codes(state.tallies[i], state.contexts[i], code, where, fold))
-        masked = read_facts(part.path, fingerprint(store.info))["masked"]
-        tallies = [t._replace(tokens=t.tokens - m, sinks=t.sinks + m) for t, m in zip(tallies, masked, strict=True)]
-        state = _finish(state._replace(tallies=tuple(tallies)), part.documents, part.tokens, 0)
-        watch.progress(rows=part.documents, tokens=part.tokens)
-        watch.finished(None, state)
-    return state, True
-
-
-def _count_codes(
-    tally: Tally, contexts: TopContexts, code: TokenCodes, where: Tokens, fold: Callable[..., Tally]
-) -> Tally:
-    """Codes of the tokens that stand at `where`, folded in chunks of one size, so that one program serves all."""
-    for start in range(0, len(code.idx), _CHUNK):
-        own = slice(start, start + _CHUNK)
-        values, indices = code.val[own].astype(np.float32), code.idx[own].astype(np.int32)
-        each = {name: getattr(where, name)[own] for name in Tokens._fields if name != "ids"}
-        add_contexts(contexts, values, indices, Tokens(ids=where.ids, **each))
-        spare = ((0, _CHUNK - len(values)), (0, 0))
-        tally = fold(tally, np.pad(values, spare), np.pad(indices, spare), np.arange(_CHUNK) < len(values))
-    return tally
-
-
-def check_store(store: FeatureStore) -> None:
-    """Refuses a store whose codes are not whole, or hold sinks.
-
-    Raises:
-      ValueError: what is missing, and the option of `qscope extract` that makes it.
-    """
-    info = store.info
-    if store.per != "token":
-        raise ValueError(f"{store.folder} holds pooled features: statistics need codes (extract --per token)")
-    narrowed = [name for name in ("top", "features") if info[name] is not None]
-    narrowed += ["min_value"] if info["min_value"] > 0 else []
-    if narrowed:
-        raise ValueError(f"{store.folder} was made with {', '.join(narrowed)}, so it does not hold whole codes")
-    if not info["mask_sinks"]:
-        raise ValueError(f"{store.folder} holds sinks, and statistics are without them: extract with --mask-sinks")
 
 
 class _Layout(NamedTuple):
@@ -268,8 +209,9 @@ def _lay_out(part: Part, buckets: Buckets, limit: int | None) -> _Layout:
 
 
 def _add_batch(
-    contexts: tuple[TopContexts, ...], layout: _Layout, batch: Batch, output: HostOutput, thresholds: np.ndarray
+    contexts: tuple[TopContexts, ...], layout: _Layout, batch: Batch, output: HostOutput, work: _Work
 ) -> None:
+    """Looks for better places in a batch; a thread for each layer."""
     begin, end = layout.segments.begin[batch.segments], layout.segments.end[batch.segments]
     real = ranges(batch.begin, batch.begin + end - begin)
     number, first, last = (
@@ -277,13 +219,17 @@ def _add_batch(
     )
     place = ranges(begin, end)
     tokens = Tokens(number, place - first, layout.segments.tokens, place, first, last)
-    norms = output.norms.reshape(len(thresholds), -1)[:, real]
-    for i, code in enumerate(output.codes):
-        values, indices = (array.reshape(-1, array.shape[-1])[real] for array in code)
-        add_contexts(contexts[i], np.where(norms[i, :, None] <= thresholds[i], values, 0), indices, tokens)
+
+    def add(layer: int) -> None:
+        values, indices = (array.reshape(-1, array.shape[-1])[real] for array in output.codes[layer])
+        counted = output.norms[layer].reshape(-1)[real, None] <= work.thresholds[layer]
+        add_contexts(contexts[layer], np.where(counted, values, 0), indices, tokens)
+
+    for _ in work.threads.map(add, range(len(contexts))):  # raises what a thread raised
+        pass
 
 
-def _finish(state: Counted, documents: int, tokens: int, bad: int) -> Counted:
+def finish_part(state: Counted, documents: int, tokens: int, bad: int) -> Counted:
     """A part is done: its tallies move to the host, and new ones begin."""
     totals = tuple(map(merge_tallies, state.totals, map(host_tally, state.tallies)))
     fresh = tuple(init_tally(len(total.max)) for total in totals)

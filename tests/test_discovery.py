@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from qscope_jax.analysis.contrast import false_discovery_rates
+from qscope_jax.analysis.contrast import contrast, false_discovery_rates
 from qscope_jax.analysis.features import auroc
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.batches import Buckets
@@ -144,6 +144,26 @@ def test_too_few_texts_are_refused(parts, positive, negative, message):
 def test_an_id_beyond_the_vocabulary_is_refused(parts):
     with pytest.raises(ValueError, match="320"):  # D7
         discover(*parts[:2], lambda texts: [np.array([1, 400])] * len(texts), ["a"] * 2, {"b": ["c"] * 2})
+
+
+@pytest.mark.slow
+def test_p_is_calibrated_on_shuffled_labels_of_real_texts():
+    """Features of real text are sparse and alike; with shuffled labels p <= 0.05 in about one case of twenty."""
+    from qscope_jax.concepts import LANGUAGES, concept_texts
+
+    backbone, saes = load_backbone("demo", dtype="float32"), load_saes("demo", (1,))
+    texts = [text for name in LANGUAGES for text in concept_texts(name)]
+    seen = pool_texts(backbone, saes, make_encoder(load_tokenizer("demo"))(texts), Buckets(2048, 512, 1)).pooled[1]
+    dense = np.bincount(seen.feature, minlength=1536) >= 24  # fire in enough of the 64 texts to tell labels apart
+    features, rng = np.flatnonzero(dense), np.random.default_rng(0)
+    assert len(features) > 300
+    p = [
+        contrast(seen, rng.permutation(np.arange(64) % 4 > 0).astype(int), features, permutations=99, seed=i).p
+        for i in range(150)
+    ]
+    shares = {level: float((np.stack(p) <= level).mean()) for level in (0.01, 0.05, 0.25, 0.5)}
+    assert shares == pytest.approx({level: level for level in shares}, rel=0.3)
+    assert np.stack(p).mean() == pytest.approx(0.5, abs=0.04)
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ from qscope_jax.jobs.features_config import Config, Opened, check_numbers, open_
 from qscope_jax.jobs.run import Run, check_local, devices, plain
 from qscope_jax.sae.formats import load_sae
 from qscope_jax.sae.model import Contract
-from qscope_jax.statistics import Counted, Watch, check_store, count_store, count_text, init_counted, make_fold_step
+from qscope_jax.statistics import Counted, Watch, count_text, init_counted, make_fold_step
 from qscope_jax.statistics_files import contexts_path, put_aside, save_statistics, table, take_up, write_contexts
+from qscope_jax.statistics_store import check_store, count_store
 
 _ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
 

@@ -124,7 +124,7 @@ def run(config: Config) -> None:
             sink_thresholds=found.sink_thresholds,
             device=devices(),
         )  # fmt: skip
-    _print(sets, found)
+    _print(sets, found, 1 / (config.permutations + 1))
     print(f"\n{job.address}: features.json, features.parquet (every feature), profile.png")
 
 
@@ -192,7 +192,7 @@ def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str)
     )  # fmt: skip
 
 
-def _print(sets: TextSets, found: Discovery) -> None:
+def _print(sets: TextSets, found: Discovery, least: float) -> None:
     """The tables for a person, on stdout."""
     print(f"{sets.name} against {', '.join(sets.negative)}; half of the documents choose, the other half judges\n")
     print("               chosen by                  judged by the other half")
@@ -202,6 +202,8 @@ def _print(sets: TextSets, found: Discovery) -> None:
             f"{f.layer:>5} {f.feature:>7} {f.score:>7.3g} {f.p:>6.2g} {f.q:>6.2g}{'*' if f.q < ALPHA else ' '}"
             f"     {f.auroc:>6.3f} {f.auroc_mean:>7.3f} {f.rate:>6.1%}  {f.other_rate:>6.1%} {f.other}"
         )
+    if found.features and not any(f.q < ALPHA for f in found.features) and found.features[0].p <= least:
+        print(f"\nNo p is below {least:.2g} with so few relabellings: --permutations can tell more.")
     print(f"\n* q < {ALPHA}. The layers:\n\nlayer   best   score   AUROC   features with q < {ALPHA}")
     for row in found.profile:
         best = row.best
