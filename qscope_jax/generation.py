@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -142,8 +141,8 @@ def start(
     width, room = bucket(int(lengths.max())), bucket(max_new_tokens)
     padded, real = pad_left(rows, width)
     filled = [*ends, *[-1] * (bucket(len(ends), _EOS_IDS) - len(ends))]
-    eos_ids, pad = jnp.array(filled, jnp.int32), jnp.array(ends[0] if ends else 0, jnp.int32)
-    given = Given(check_sampling(len(rows), **sampling), eos_ids, pad, jnp.asarray(lengths))
+    numbers: Any = np.array(filled, np.int32), np.array(ends[0] if ends else 0, np.int32), lengths
+    given = Given(check_sampling(len(rows), **sampling), *numbers)
     steps, embed = make_steps(config), params["embed"]
     mesh = None if mesh_of(embed) is None else embed.sharding.mesh
     cache = init_cache(config, len(rows), width + room, dtype=embed.dtype, mesh=mesh)

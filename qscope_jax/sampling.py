@@ -7,7 +7,7 @@ token alone. Order and meaning of the rules are those of `transformers`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def check_sampling(
         _rows("repetition_penalty", repetition_penalty, batch, lambda a: a > 0, "above 0 (1 is none)"),
         found.astype(np.uint32),
     )
-    return Sampling(*map(jnp.asarray, settings))
+    return Sampling(*cast(Any, settings))  # NumPy's, which every process of a mesh may give to `jit`
 
 
 def next_token(

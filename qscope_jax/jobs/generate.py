@@ -145,11 +145,13 @@ def _write_all(config: Config, job: Run, opened: Opened, steering: Steering) -> 
     job.total, finished, alone = len(opened.asked), sum(len(batches[place]) for place in done), len(opened.asked) == 1
     if not alone:  # a single one is its own progress
         job.progress(prompts=0, tokens=0, already=finished)
-    backbone = None
+    backbone, compiled = None, 0
     for place, batch in enumerate(batches):
         if place in done:
             continue
-        backbone = backbone or _load(opened)
+        if backbone is None:
+            backbone = _load(opened)
+            compiled = len(make_steps(backbone.config).shapes)
         try:
             made = _make(config, job, opened, steering, backbone, [opened.asked[i] for i in batch], rows)
         except Stopped:
@@ -163,7 +165,7 @@ def _write_all(config: Config, job: Run, opened: Opened, steering: Steering) -> 
     if path is not None:
         sort(path)
     if backbone is not None:
-        job.record(device=devices(), programs=make_steps(backbone.config).shapes)
+        job.record(device=devices(), programs=make_steps(backbone.config).shapes[compiled:])
     job.record(counts={"prompts": finished, "left_out": len(opened.bad)})
 
 

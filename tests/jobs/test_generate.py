@@ -219,6 +219,13 @@ def test_what_means_nothing_is_refused_before_weights_are_read(tiny_release, cap
 
 
 @pytest.mark.slow
+def test_a_mesh_writes_the_same(tiny_release, data, whole, tmp_path):
+    found = write(tiny_release, tmp_path, "--prompts", str(data), *SAMPLED, "--mesh", "4x2", "--batch", "3")
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in whole[1]]
+    assert {shape[0] for _, shape in manifest(tmp_path)["programs"]} == {4}  # filled up to what four devices divide
+
+
+@pytest.mark.slow
 def test_a_signal_ends_it_with_what_is_done_saved(tiny_release, data, whole, compiled_once, tmp_path):
     arguments = command(tiny_release, "--prompts", str(data), *SAMPLED, "--out", str(tmp_path))
     start = lambda: launch(arguments, compiled_once)  # noqa: E731
