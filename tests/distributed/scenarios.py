@@ -22,6 +22,7 @@ from qscope_jax.backbone.tables import Piece
 from qscope_jax.backbone.weights import load_backbone, save_backbone
 from qscope_jax.data.batches import Filled
 from qscope_jax.evaluate import evaluate_saes
+from qscope_jax.generation import advance, finished, generate, result, start
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed, to_host
 from qscope_jax.sae.formats import load_sae, load_saes, sae_sha256, save_sae
 from qscope_jax.sae.model import decode, encode
@@ -98,6 +99,21 @@ def backbone(folder: Path) -> None:
         results |= {f"{name}.logits": to_host(logits)}
         results |= {f"{name}.{i}": to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(gradient))}
         save_backbone(loaded, folder / name)
+    np.savez(folder / f"results{jax.process_index()}.npz", **results)
+
+
+def write(folder: Path) -> None:
+    """Continues `tokens.npy` with `model/` over all devices, in one call and token by token."""
+    tokens, results = np.load(folder / "tokens.npy"), {}
+    options = {"max_new_tokens": 6, "eos": (3,), "temperature": 1.0, "seeds": [1, 2, 3, 4]}
+    for name, shape in MESHES.items():
+        loaded = load_backbone(folder / "model", dtype="float32", mesh=make_mesh(*shape))
+        out = generate(loaded.params, loaded.config, tokens, **options)
+        begun = start(loaded.params, loaded.config, tokens, **options)
+        while not finished(begun):
+            begun = advance(begun, 1)
+        results |= {f"{name}.tokens": out.tokens, f"{name}.logprobs": out.logprobs}
+        results |= {f"{name}.streamed": result(begun).tokens}
     np.savez(folder / f"results{jax.process_index()}.npz", **results)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.weights import Backbone, save_backbone
+from qscope_jax.generation import generate
 from qscope_jax.sae.formats import load_sae, sae_sha256, save_sae
 from qscope_jax.sae.model import SaeConfig, decode, encode, init_sae
 from tests.backbone.families import make_config, make_params, relative_l2, tokens_of
@@ -82,6 +83,24 @@ def test_a_backbone_over_two_processes(tmp_path, together):
                 assert (tmp_path / mesh / path.name).read_bytes() == path.read_bytes()
         # Split over both, each reads its half, and whole what is too small or too few to be split.
         assert found["across.taken"] < 0.65 * whole < whole <= found["within.taken"]
+
+
+@pytest.mark.slow
+def test_text_written_over_two_processes(tmp_path, together):
+    config = make_config("qwen3", num_hidden_layers=2, vocab_size=56, num_attention_heads=8, num_key_value_heads=4)
+    model, tokens = Backbone(config, make_params(config)), tokens_of(4, 21)
+    save_backbone(model, tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", tokens)
+    ended = together("write", tmp_path)
+    assert [one.code for one in ended] == [0, 0], [one.output for one in ended]
+    options = {"max_new_tokens": 6, "eos": (3,), "temperature": 1.0, "seeds": [1, 2, 3, 4]}
+    expected = generate(model.params, config, tokens, **options)
+    for process in range(2):
+        found = np.load(tmp_path / f"results{process}.npz")
+        for mesh in ("within", "across"):
+            np.testing.assert_array_equal(found[f"{mesh}.tokens"], expected.tokens)
+            np.testing.assert_array_equal(found[f"{mesh}.streamed"], expected.tokens)
+            np.testing.assert_allclose(found[f"{mesh}.logprobs"], expected.logprobs, atol=3e-5)
 
 
 @pytest.mark.slow
