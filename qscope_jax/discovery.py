@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qscope_jax.analysis.contexts import Tokens, TopContexts, add_contexts, init_contexts
 from qscope_jax.analysis.contrast import (
     By,
     Contrast,
@@ -33,6 +34,7 @@ from qscope_jax.sae.model import Sae
 
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
 ALPHA = 0.05  # below this q a feature counts as found
+CONTEXTS = 3  # kept per feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Discovery(NamedTuple):
 
     `table` has per layer the `Contrast` of all features that are active on the choosing half, with their numbers and q.
     `documents` and `tokens` are counted by group, the positive one first; sinks are left out and counted per layer.
+    `contexts` are per layer the places where each feature is strongest, in any text: documents are numbered as the
+    texts are given, the positive ones first.
     """
 
     features: tuple[FoundFeature, ...]
@@ -84,15 +88,17 @@ class Discovery(NamedTuple):
     tokens: dict[str, int]
     sinks: dict[int, int]
     sink_thresholds: dict[int, float]
+    contexts: dict[int, TopContexts]
 
 
 class PooledTexts(NamedTuple):
-    """All layers' pooled activations of some documents, the median norm and the number of sinks of each layer."""
+    """All layers' pooled activations of some documents, with median norm, sinks and best contexts of each layer."""
 
     pooled: dict[int, Pooled]
     median_norms: dict[int, float]
     sinks: dict[int, int]
     sink_thresholds: dict[int, float]
+    contexts: dict[int, TopContexts]
 
 
 def discover(
@@ -169,7 +175,7 @@ def discover(
         tuple(best[:top]), profile, table,
         dict(zip(names, map(len, texts), strict=True)),
         {name: int(kept[groups == g].sum()) for g, name in enumerate(names)},
-        seen.sinks, seen.sink_thresholds,
+        seen.sinks, seen.sink_thresholds, seen.contexts,
     )  # fmt: skip
 
 
@@ -199,23 +205,30 @@ def pool_texts(
     parts: dict[int, list[Pooled]] = {layer: [] for layer in saes}
     norms: dict[int, list[np.ndarray]] = {layer: [] for layer in saes}
     sinks = dict.fromkeys(saes, 0)
+    contexts = {layer: init_contexts(sae.config.d_sae, CONTEXTS) for layer, sae in saes.items()}
+    starts = np.cumsum([0, *map(len, documents)])
     plan = plan_batches(segments.lengths, buckets)
     for batch, output in stream(step, backbone.params, encoders, feed_batches(plan, segments)):
         lengths = segments.lengths[batch.segments]
         real = ranges(batch.begin, batch.begin + lengths)
         document = np.repeat(segments.document[batch.segments], lengths)
+        begin = segments.begin[batch.segments]
+        place = ranges(begin, begin + lengths)
+        where = Tokens(
+            document, place - starts[document], segments.tokens, place, starts[document], starts[document + 1]
+        )
         for i, layer in enumerate(saes):
             own = output.norms[i].reshape(-1)[real]
             keep = own <= thresholds[layer]
-            values, indices = (array.reshape(-1, array.shape[-1])[real[keep]] for array in output.codes[i])
-            parts[layer].append(pool_tokens(values, indices, document[keep], len(documents)))
+            values, indices = (array.reshape(-1, array.shape[-1])[real] for array in output.codes[i])
+            add_contexts(contexts[layer], np.where(keep[:, None], values, 0), indices, where)
+            parts[layer].append(pool_tokens(values[keep], indices[keep], document[keep], len(documents)))
             norms[layer].append(own[keep])
             sinks[layer] += int((~keep).sum())
         if progress is not None:
-            opened = segments.begin[batch.segments] == _starts(documents)[segments.document[batch.segments]]
-            progress(texts=int(opened.sum()), tokens=len(real))
+            progress(texts=int((begin == starts[segments.document[batch.segments]]).sum()), tokens=len(real))
     medians = {layer: float(np.median(np.concatenate(own))) for layer, own in norms.items()}
-    return PooledTexts({n: join_pooled(own) for n, own in parts.items()}, medians, sinks, thresholds)
+    return PooledTexts({n: join_pooled(own) for n, own in parts.items()}, medians, sinks, thresholds, contexts)
 
 
 class _Judge(NamedTuple):
@@ -256,7 +269,3 @@ def _share(sae: Sae, features: np.ndarray, median_norm: float) -> np.ndarray:
     """What an activation of 1 adds to the residual stream, in median norms of the layer."""
     rows = np.asarray(sae.params.w_dec[features], np.float32)
     return np.linalg.norm(rows, axis=-1) / median_norm
-
-
-def _starts(documents: Sequence[np.ndarray]) -> np.ndarray:
-    return np.cumsum([0, *(len(ids) for ids in documents)])[:-1]

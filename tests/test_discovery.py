@@ -84,6 +84,14 @@ def test_everything_else_is_the_judging_halfs(found, dense):
             assert value == pytest.approx(auroc(np.array(pooled)[:, None], positive)[0])
 
 
+def test_contexts_are_where_features_are_strongest(found, dense):
+    for f in found.features:
+        columns = [z[:, f.feature] for z in dense[0][f.layer]]
+        value, document, position, _ = (array[f.feature, 0] for array in found.contexts[f.layer])
+        assert value == pytest.approx(max(c.max() for c in columns), rel=1e-5)
+        assert columns[document][position] == pytest.approx(value, rel=1e-5)
+
+
 def test_the_rate_of_false_discoveries_spans_all_layers(found):
     q = false_discovery_rates([chosen.p for _, chosen, _ in found.table.values()])
     for (_, _, own), expected in zip(found.table.values(), q, strict=True):

@@ -16,14 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from qscope_jax.analysis.contexts import BEFORE
 from qscope_jax.analysis.contrast import By
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.concepts import LANGUAGES, TextSets, canonical_name, concept_names, concept_texts, text_sets
 from qscope_jax.data.inputs import Format
 from qscope_jax.data.text import Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
-from qscope_jax.discovery import ALPHA, Discovery, discover
+from qscope_jax.discovery import ALPHA, Discovery, FoundFeature, discover
 from qscope_jax.explorer.figures import draw_profile
+from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.files.atomic import atomic_path, write_json
 from qscope_jax.files.source import resolve
 from qscope_jax.jobs.places import model_files
@@ -115,7 +117,7 @@ def run(config: Config) -> None:
             permutations=config.permutations, seed=config.seed, max_length=config.max_length, progress=progress,
             batch_tokens=config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
         )  # fmt: skip
-        _write(config, job, sets, found, source.name)
+        _write(config, job, sets, found, source.name, tokenizer)
         paths = [open_sae(source, layer).path for layer in layers]
         job.record(
             counts={"documents": found.documents, "tokens": found.tokens, "sinks": found.sinks},
@@ -124,7 +126,7 @@ def run(config: Config) -> None:
             sink_thresholds=found.sink_thresholds,
             device=devices(),
         )  # fmt: skip
-    _print(sets, found, 1 / (config.permutations + 1))
+    _print(sets, found, 1 / (config.permutations + 1), tokenizer)
     print(f"\n{job.address}: features.json, features.parquet (every feature), profile.png")
 
 
@@ -161,7 +163,7 @@ def _sets(config: Config) -> tuple[TextSets, dict[str, Any]]:
     return text_sets(concept, positive=positive, negative=negative), files
 
 
-def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str) -> None:
+def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str, tokenizer: Any) -> None:
     smallest = 1 / (config.permutations + 1)
     content = {
         "concept": sets.name,
@@ -169,7 +171,9 @@ def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str)
         "by": config.by,
         "halves": "score, p and q: the documents that chose (every other one of each set); all else: the others",
         "smallest_p": smallest,
-        "features": [dataclasses.asdict(feature) for feature in found.features],
+        "features": [
+            {**dataclasses.asdict(f), "contexts": _contexts(f, sets, found, tokenizer)} for f in found.features
+        ],
         "profile": [dataclasses.asdict(row) for row in found.profile],
     }
     write_json(job.out / "features.json", plain(content))
@@ -192,7 +196,20 @@ def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str)
     )  # fmt: skip
 
 
-def _print(sets: TextSets, found: Discovery, least: float) -> None:
+def _contexts(feature: FoundFeature, sets: TextSets, found: Discovery, tokenizer: Any) -> list[dict[str, Any]]:
+    """The places where a feature is strongest, of all texts: which set it is, the tokens, and which is the one."""
+    value, document, _, window = (array[feature.feature] for array in found.contexts[feature.layer])
+    names = np.repeat([sets.name, *sets.negative], list(found.documents.values()))
+    rows = []
+    for i in np.flatnonzero(value):
+        inside = window[i] >= 0
+        labels = token_labels(tokenizer, window[i][inside].tolist())
+        rows.append({"set": str(names[document[i]]), "value": float(value[i]), "tokens": labels,
+                     "at": int(inside[:BEFORE].sum())})  # fmt: skip
+    return rows
+
+
+def _print(sets: TextSets, found: Discovery, least: float, tokenizer: Any) -> None:
     """The tables for a person, on stdout."""
     print(f"{sets.name} against {', '.join(sets.negative)}; half of the documents choose, the other half judges\n")
     print("               chosen by                  judged by the other half")
@@ -202,6 +219,12 @@ def _print(sets: TextSets, found: Discovery, least: float) -> None:
             f"{f.layer:>5} {f.feature:>7} {f.score:>7.3g} {f.p:>6.2g} {f.q:>6.2g}{'*' if f.q < ALPHA else ' '}"
             f"     {f.auroc:>6.3f} {f.auroc_mean:>7.3f} {f.rate:>6.1%}  {f.other_rate:>6.1%} {f.other}"
         )
+    print("\nwhere they are strongest")
+    for f in found.features:
+        for context in _contexts(f, sets, found, tokenizer)[:1]:
+            labels, at = context["tokens"], context["at"]
+            text = "".join(f"[{label}]" if i == at else label for i, label in enumerate(labels))
+            print(f"{f.layer:>5} {f.feature:>7} {context['value']:>7.3g}  {context['set']}: {text}")
     if found.features and not any(f.q < ALPHA for f in found.features) and found.features[0].p <= least:
         print(f"\nNo p is below {least:.2g} with so few relabellings: --permutations can tell more.")
     print(f"\n* q < {ALPHA}. The layers:\n\nlayer   best   score   AUROC   features with q < {ALPHA}")

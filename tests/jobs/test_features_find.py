@@ -44,7 +44,15 @@ def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp
     negative = {str(files / "other.jsonl"): texts(8, longest=6), "german": concept_texts("german")}
     found = discover(backbone, saes, encoder, rows, negative, top=4, permutations=99, batch_tokens=256)
     written = json.loads((tmp_path / "features.json").read_text())
+    contexts = [row.pop("contexts") for row in written["features"]]
     assert written["features"] == [vars(f) for f in found.features]
+    names = ["positive"] * 5 + [str(files / "other.jsonl")] * 8 + ["german"] * 8
+    for feature, own in zip(found.features, contexts, strict=True):
+        best = found.contexts[feature.layer]
+        assert [row["value"] for row in own] == best.value[feature.feature][best.value[feature.feature] > 0].tolist()
+        assert own[0]["set"] == names[best.document[feature.feature, 0]]
+        assert own[0]["at"] < len(own[0]["tokens"])
+        assert f"[{own[0]['tokens'][own[0]['at']]}]" in told.out
     assert written["smallest_p"] == 0.01
     assert [row["layer"] for row in written["profile"]] == [0, 1]
     table = pq.read_table(tmp_path / "features.parquet").to_pandas()
