@@ -83,7 +83,7 @@ def forward(
     """Runs the backbone on a batch of token ids.
 
     Args:
-      params: the tree of `init_params` or `load_backbone`; its dtype is the compute dtype.
+      params: the tree of `init_params`, `load_backbone` or `split_layers`; its dtype is the compute dtype.
       config: static constants; `config.precision` is the precision of every matmul.
       tokens: ids [b, t]; ids outside the vocabulary must be refused before (see `check_tokens`).
       mask: True where a token is real; pads may stand left, right and between segments. Outputs at pads are finite and
