@@ -114,7 +114,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(tiny_release, data, who
     ("changed", "named"),
     [
         (("--seed", "41"), "seed: was 40, is 41"),
-        (("--feature", "1:3", "--strength", "2"), "steer: was"),
+        (("--feature", "1:3", "--strength", "2", "--units", "raw"), "steer: was"),
         (("--max-new-tokens", "9"), "max_new_tokens: was 8, is 9"),
         (("--text-field", "id"), "text_field"),
     ],
@@ -154,7 +154,7 @@ def test_recipes_and_features_steer_and_say_to_how_many_tokens(tiny_release, tmp
     entries = [Steer(0, 5, 3.0), Steer(1, 7, mode="ablate", positions="generated")]
     bound = bind(resolve(tiny_release / "model", what="model"), resolve(tiny_release / "sae", what="sae"), (0, 1))
     recipe = save_recipe(tmp_path / "recipe.toml", entries, saes, bound)
-    options = ("--feature", "1:9", "--strength", "2", "--positions", "prompt")
+    options = ("--feature", "1:9", "--strength", "2", "--units", "raw", "--positions", "prompt")
     (row,) = write(tiny_release, tmp_path / "out", PROMPT, "--steer", str(recipe), *options)
     backbone, tokenizer = load_backbone(tiny_release / "model", dtype="float32"), load_tokenizer(tiny_release / "model")
     (ids,) = make_encoder(tokenizer)([PROMPT])
@@ -206,9 +206,10 @@ def test_a_chat_is_framed_by_the_models_template(tiny_release, tmp_path, capfd):
         ((PROMPT, "--stop", ""), "an empty string ends every text"),
         ((PROMPT, "--no-thinking"), "give --chat too"),
         ((PROMPT, "--strength", "2"), "--strength belongs to --feature"),
-        ((PROMPT, "--feature", "1:64", "--strength", "2"), "its SAE has the features 0..63"),
-        ((PROMPT, "--feature", "7:1", "--strength", "2"), "layer"),
-        ((PROMPT, "--feature", "1:3"), "needs a strength"),
+        ((PROMPT, "--feature", "1:64", "--strength", "2", "--units", "raw"), "its SAE has the features 0..63"),
+        ((PROMPT, "--feature", "7:1", "--strength", "2", "--units", "raw"), "layer"),
+        ((PROMPT, "--feature", "1:3", "--strength", "2"), "no statistics stand beside these SAEs"),
+        ((PROMPT, "--feature", "1:3", "--units", "raw"), "needs a strength"),
         (("--prompts", "nothing.jsonl"), "nothing.jsonl"),
     ],
 )
