@@ -10,7 +10,7 @@ Nothing is computed here: `load_backbone`, `discover`, `steer` and `generate` do
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 
@@ -24,7 +24,7 @@ from qscope_jax.generation import generate, pad_left
 from qscope_jax.sae.formats import layers_of, load_sae
 from qscope_jax.sae.model import Sae
 from qscope_jax.sae.release import parse_name
-from qscope_jax.statistics_files import statistics_of
+from qscope_jax.statistics_files import check_statistics, statistics_of
 from qscope_jax.steering import Steer, steer
 from qscope_jax.steering.units import Stats
 
@@ -46,6 +46,10 @@ class Layers(Mapping[int, Sae]):
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
 
+    def check(self, statistics: Stats | None, layers: Sequence[int]) -> None:
+        """Refuses statistics of other SAEs; see `check_statistics`."""
+        check_statistics(statistics, self._source, layers)
+
     def __len__(self) -> int:
         return len(self._layers)
 
@@ -60,7 +64,13 @@ class Intervention:
     entries: tuple[Steer, ...] = ()
 
     def activate(
-        self, feature: FoundFeature | int, strength: float = 1.0, *, layer: int | None = None, **options: Any
+        self,
+        feature: FoundFeature | int,
+        strength: float = 1.0,
+        *,
+        layer: int | None = None,
+        mode: Literal["add", "min-clamp"] = "add",
+        **options: Any,
     ) -> "Intervention":
         """Adds a feature's direction at `strength`.
 
@@ -68,12 +78,13 @@ class Intervention:
           feature: what `discover_top_features` found, or an index with its `layer`.
           strength: in multiples of the feature's largest activation, above 0.
           layer: of a feature given by its index.
-          options: others of `Steer`: `mode`, `units`, `positions`, `preserve_norm`.
+          mode: "add", or "min-clamp", which adds what the feature lacks to that height and nothing where it is active.
+          options: others of `Steer`: `units`, `positions`, `preserve_norm`.
 
         Raises:
           ValueError: no layer, a strength that is not above 0, or what `Steer` refuses.
         """
-        return self._with(feature, strength, 1.0, layer, options)
+        return self._with(feature, strength, 1.0, layer, {"mode": mode, **options})
 
     def suppress(
         self, feature: FoundFeature | int, strength: float = 1.0, *, layer: int | None = None, **options: Any
@@ -81,15 +92,18 @@ class Intervention:
         """Subtracts a feature's direction at `strength`; arguments and errors are those of `activate`."""
         return self._with(feature, strength, -1.0, layer, options)
 
+    def ablate(
+        self, feature: FoundFeature | int, *, layer: int | None = None, positions: str = "all"
+    ) -> "Intervention":
+        """Takes a feature away wherever it is active; arguments and errors are those of `activate`."""
+        place = _place(feature, layer)
+        return Intervention((*self.entries, Steer(*place, mode="ablate", positions=positions)))
+
     def _with(self, feature, strength: float, sign: float, layer: int | None, options) -> "Intervention":
-        index = feature if isinstance(feature, int) else feature.feature
-        layer = layer if isinstance(feature, int) else feature.layer
-        if layer is None:
-            raise ValueError(f"feature {index}: of which layer? activate({index}, layer=...)")
+        place = _place(feature, layer)
         if not strength > 0:
             raise ValueError(f"strength = {strength}; expected above 0: activate() raises and suppress() lowers")
-        entry = Steer(layer, index, sign * strength, **{"units": "xmax", **options})
-        return Intervention((*self.entries, entry))
+        return Intervention((*self.entries, Steer(*place, sign * strength, **{"units": "xmax", **options})))
 
 
 @dataclass(frozen=True)
@@ -176,8 +190,12 @@ class SAEModel:
     def _tap(self, intervention: Intervention | None):
         if intervention is None:
             return None
-        needed = sorted({entry.layer for entry in intervention.entries} & set(self.saes))
-        saes = {layer: self.saes[layer] for layer in needed}
+        layers = sorted({entry.layer for entry in intervention.entries})
+        if unknown := [layer for layer in layers if layer not in self.saes]:
+            raise ValueError(f"layer {unknown[0]}: the SAEs are of layers {sorted(self.saes)}")
+        saes = {layer: self.saes[layer] for layer in layers}
+        if isinstance(self.saes, Layers):
+            self.saes.check(self.statistics, layers)
         depth = self.backbone.config.num_layers
         return steer(list(intervention.entries), saes, stats=self.statistics, num_layers=depth)
 
@@ -217,6 +235,15 @@ class FeatureExplorer:
         saes = {layer: self.model.saes[layer] for layer in layers}
         encoder = make_encoder(self.model.tokenizer)
         return discover(self.model.backbone, saes, encoder, sets.positive, sets.negative, top=top, **options).features
+
+
+def _place(feature: FoundFeature | int, layer: int | None) -> tuple[int, int]:
+    """Layer and index of a feature that was found, or that was given by both."""
+    if isinstance(feature, FoundFeature):
+        return feature.layer, feature.feature
+    if layer is None:
+        raise ValueError(f"feature {feature}: of which layer? Give layer=...")
+    return layer, feature
 
 
 def _model_of(source: Source) -> str:

@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 from qscope_jax.analysis.contexts import BEFORE, TopContexts
 from qscope_jax.analysis.statistics import LEVELS, QUANTILE_ERROR, HostTally, LayerStatistics, Tally
 from qscope_jax.files.atomic import atomic_path
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.mesh import to_host
+from qscope_jax.sae.formats import open_sae
 from qscope_jax.statistics import Counted
 from qscope_jax.totals import Total
 
@@ -98,6 +100,24 @@ def statistics_of(sae: Source, given: str | os.PathLike[str] | None = None) -> d
     if given is not None or sae.kind == "demo":
         return load_statistics("demo" if given is None else given)
     return load_statistics(sae) if any(_NAME.fullmatch(name) for name in sae.names()) else None
+
+
+def check_statistics(stats: Mapping[int, Any] | None, sae: Source, layers: Iterable[int]) -> None:
+    """Refuses statistics of other SAEs than those at hand, by the SHA-256 of their files.
+
+    Raises:
+      ValueError: the layer and both hashes.
+      SourceError, FormatError: see `open_sae`.
+    """
+    for layer in layers:
+        if stats is None or layer not in stats:
+            continue
+        (found,) = hash_files([open_sae(sae, layer).path]).values()
+        if stats[layer].sae != found:
+            raise ValueError(
+                f"the statistics of layer {layer} are of an SAE with sha256 {stats[layer].sae}, that of {sae} has "
+                f"{found}: build them anew with qscope features build"
+            )
 
 
 def _read(path: Path, layer: int) -> LayerStatistics:

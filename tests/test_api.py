@@ -22,6 +22,7 @@ def chinese(model):
 def test_an_intervention_is_data():
     none = qs.Intervention()
     both = none.activate(7, 0.8, layer=3).suppress(8, 1.5, layer=4, positions="generated")
+    assert none.ablate(np.int64(5), layer=3).entries == (qs.Steer(3, 5, mode="ablate"),)
     assert none.entries == ()
     assert both.entries == (
         qs.Steer(3, 7, 0.8, units="xmax"),
@@ -91,7 +92,7 @@ def test_what_cannot_be_is_refused(model):
     without = qs.SAEModel(model.backbone, model.tokenizer, model.saes)
     with pytest.raises(ValueError, match="qscope features build"):
         without.generate(PROMPT, intervention=qs.Intervention().activate(7, layer=3))
-    with pytest.raises(ValueError, match="saes has the layers"):
+    with pytest.raises(ValueError, match="layer 9: the SAEs are of layers"):
         model.generate(PROMPT, intervention=qs.Intervention().activate(7, layer=9))
 
 
@@ -103,3 +104,11 @@ def test_a_set_whose_name_tells_no_model_asks_for_it(tmp_path):
     assert list(model.saes) == [3]
     assert model.statistics is None
     np.testing.assert_array_equal(model.saes[3].params.w_dec, qs.load_sae("demo", 3).params.w_dec)
+
+
+def test_statistics_of_other_saes_are_refused(tmp_path):
+    sae = qs.load_sae("demo", 3)
+    qs.save_sae(sae._replace(params=sae.params._replace(b_dec=sae.params.b_dec + 1)), tmp_path / "saes")
+    other = qs.SAEModel.from_pretrained(tmp_path / "saes", model="demo", statistics="demo")
+    with pytest.raises(ValueError, match="the statistics of layer 3 are of an SAE with sha256"):
+        other.generate(PROMPT, intervention=qs.Intervention().activate(7, layer=3))

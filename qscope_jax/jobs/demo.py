@@ -19,8 +19,9 @@ from qscope_jax.explorer.page import write_page
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.extract import DocumentCodes, extract_documents
 from qscope_jax.files.atomic import write_json
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve
-from qscope_jax.jobs.run import Run, hash_files
+from qscope_jax.jobs.run import Run
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
 

@@ -34,10 +34,11 @@ from qscope_jax.evaluate import (
 from qscope_jax.explorer.figures import draw_quality
 from qscope_jax.extract import make_extract_step, measure_sinks
 from qscope_jax.files.atomic import write_json
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.jobs.places import local_mesh, model_files, model_name, parse_mesh
-from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.jobs.run import Run, devices, plain, say
 from qscope_jax.mesh import to_host
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
 from qscope_jax.sae.formats.facts import settle

@@ -26,9 +26,10 @@ from qscope_jax.data.text import Corpus, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
 from qscope_jax.extract_folder import Loaded, Target, buckets_of, count_parts, finished_parts, make_parts
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import join_processes, local_mesh, meet, model_files, parse_mesh
-from qscope_jax.jobs.run import Interrupted, Run, check_local, devices, hash_files, plain, say
+from qscope_jax.jobs.run import Interrupted, Run, check_local, devices, plain, say
 from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle

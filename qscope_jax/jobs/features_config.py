@@ -14,9 +14,10 @@ from qscope_jax.data.documents import Parts
 from qscope_jax.data.text import Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import local_mesh, model_files, parse_mesh
-from qscope_jax.jobs.run import hash_files, plain, say
+from qscope_jax.jobs.run import plain, say
 from qscope_jax.sae.formats import layers_of, open_sae
 from qscope_jax.sae.formats.facts import settle
 

@@ -23,9 +23,10 @@ from qscope_jax.explorer.terminal import has_colour, tinted
 from qscope_jax.explorer.tokens import token_bytes, token_labels
 from qscope_jax.extract import DocumentCodes, HostCode
 from qscope_jax.files.atomic import write_json
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve
 from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import Run, hash_files, plain, say
+from qscope_jax.jobs.run import Run, plain, say
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
 
 _DTYPES = {"fast": "bfloat16", "parity": "float32"}

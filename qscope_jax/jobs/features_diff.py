@@ -24,9 +24,10 @@ from qscope_jax.explorer.terminal import has_colour, heat, spans, tinted
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.extract import DocumentCodes, extract_documents
 from qscope_jax.files.atomic import write_json
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve
 from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import Run, hash_files, plain
+from qscope_jax.jobs.run import Run, plain
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
 
 _DTYPES = {"fast": "bfloat16", "parity": "float32"}

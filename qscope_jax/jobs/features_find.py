@@ -27,9 +27,10 @@ from qscope_jax.discovery import ALPHA, Discovery, FoundFeature, discover
 from qscope_jax.explorer.figures import draw_profile
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.files.atomic import atomic_path, write_json
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve
 from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import Run, devices, hash_files, plain, say
+from qscope_jax.jobs.run import Run, devices, plain, say
 from qscope_jax.sae.formats import layers_of, load_saes, open_sae
 
 _BATCH_TOKENS = {True: 4096, False: 16_384}
@@ -110,7 +111,7 @@ def run(config: Config) -> None:
         def progress(**amounts: int) -> None:
             job.progress(**amounts)
             if job.stopping:
-                raise job.interrupted("nothing is kept of a search; it begins anew")
+                raise job.interrupted("nothing is kept of a search", resumes=False)
 
         found = discover(
             backbone, saes, make_encoder(tokenizer), sets.positive, sets.negative, top=config.top, by=config.by,

@@ -15,11 +15,12 @@ from qscope_jax.data.chat import encode_chat
 from qscope_jax.data.text import BadRow, Document, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.generation import GenerateOutput
 from qscope_jax.jobs.places import bind, local_mesh, model_files
 from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
-from qscope_jax.jobs.run import hash_files, say
+from qscope_jax.jobs.run import say
 from qscope_jax.steering import count_applied, describe, steer
 from qscope_jax.taps import Tap
 

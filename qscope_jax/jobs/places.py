@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source
-from qscope_jax.jobs.run import hash_files, say
+from qscope_jax.jobs.run import say
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed
 from qscope_jax.sae.formats import open_sae
 from qscope_jax.steering.files import Bound, combine_hashes

@@ -30,8 +30,8 @@ class SteerOptions:
     mode: Mode = "add"
     """What is done: see README, Steering."""
     units: Literal["auto", "raw", "xmax", "xnorm"] = "auto"
-    """Of --strength: xmax (multiples of the feature's largest activation), xnorm (of the layer's median residual norm),
-    raw (of the direction as stored). By default xmax where there are statistics, else raw."""
+    """Of --strength: xmax (multiples of the feature's largest activation; the default, needs statistics), xnorm (of the
+    layer's median residual norm), raw (of the direction as stored)."""
     positions: str = "all"
     """Tokens to steer: all, prompt, generated, last (of the prompt), 5, 3-7, or 0,2,5-8."""
     preserve_norm: bool = False
@@ -52,10 +52,21 @@ def chosen_entries(options: SteerOptions, model: Source, sae: Source, stats: Sta
 
 
 def units_of(options: SteerOptions, stats: Stats | None) -> Units:
-    """The units of --strength; for modes that have none, raw."""
+    """The units of --strength; for modes that have none, raw.
+
+    Raises:
+      ValueError: there are no statistics and no --units: what a number means is never guessed.
+    """
     if options.units != "auto":
         return options.units
-    return "xmax" if stats is not None and options.mode not in ("ablate", "scale") else "raw"
+    if options.mode in ("ablate", "scale"):
+        return "raw"
+    if stats is None:
+        raise ValueError(
+            "no statistics stand beside these SAEs, so --strength has no units: give --statistics FOLDER (made by "
+            "qscope features build), or say --units raw, or --units xnorm where the SAE's config has sink thresholds"
+        )
+    return "xmax"
 
 
 def parse_feature(text: str) -> tuple[int, int]:

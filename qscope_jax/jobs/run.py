@@ -8,16 +8,14 @@ with Run("extract", config, config.out) as run:
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -44,11 +42,11 @@ PACKAGES = (
 
 
 class Interrupted(SystemExit):
-    """A command stopped on a signal after saving what it had; the process ends with `EXIT_INTERRUPTED`."""
+    """A command stopped on a signal after saving what can be kept; the process ends with `EXIT_INTERRUPTED`."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, resumes: bool = True):
         super().__init__(EXIT_INTERRUPTED)
-        self.message = message
+        self.message, self.resumes = message, resumes
 
 
 class Run:
@@ -127,7 +125,8 @@ class Run:
             self._write("complete")
         self._deliver(error)
         if isinstance(error, Interrupted):
-            say(f"{self.command}: stopped. {error.message}. The same command goes on from here.")
+            then = "goes on from here" if error.resumes else "begins anew"
+            say(f"{self.command}: stopped. {error.message}. The same command {then}.")
 
     @property
     def out(self) -> Path:
@@ -160,9 +159,9 @@ class Run:
         """True once SIGTERM or SIGINT came: finish the step at hand, save, and raise `interrupted(...)`."""
         return self._stop.is_set()
 
-    def interrupted(self, message: str) -> Interrupted:
-        """The exception to raise when `stopping`; `message` says what is saved."""
-        return Interrupted(message)
+    def interrupted(self, message: str, *, resumes: bool = True) -> Interrupted:
+        """The exception to raise when `stopping`; `message` says what is saved, `resumes` whether there is any."""
+        return Interrupted(message, resumes=resumes)
 
     def record(self, **facts: Any) -> None:
         """Adds facts to the manifest; a mapping is merged into what its name already holds."""
@@ -249,25 +248,6 @@ def devices() -> dict[str, Any]:
     found = jax.devices()
     kinds = ", ".join(sorted({device.device_kind for device in found}))
     return {"platform": found[0].platform, "kind": kinds, "count": len(found), "processes": jax.process_count()}
-
-
-def hash_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """SHA-256 of every file, by its path below the folder that all of them share, sorted.
-
-    A file of the hub's cache is a link to a blob that is named by its own SHA-256; that name is taken as it stands.
-    """
-    hashes: dict[str, str] = {}
-    found = sorted({Path(path).absolute() for path in paths})
-    root = os.path.commonpath([path.parent for path in found]) if found else ""
-    for path in found:
-        name = path.relative_to(root).as_posix()
-        blob = path.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            hashes[name] = blob.name
-        else:
-            with open(path, "rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def plain(value: Any) -> Any:

@@ -8,23 +8,25 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
-from qscope_jax.analysis.text import script_share
+from qscope_jax.analysis.text import language_shares, script_share
 from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.concepts import text_sets
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
 from qscope_jax.discovery import discover
 from qscope_jax.files.atomic import write_json, write_text
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import bind, model_files
 from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
-from qscope_jax.jobs.run import Run, devices, hash_files, plain
+from qscope_jax.jobs.run import Run, devices, plain
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
+from qscope_jax.statistics_files import check_statistics
 from qscope_jax.steering import Steer, describe, save_recipe
 from qscope_jax.steering.controls import control_recipes
 from qscope_jax.steering.units import Stats
@@ -80,8 +82,8 @@ class Config(SteerOptions):
     """Of sampling, and of the random controls."""
     batch_rows: int = 64
     """Texts written at once."""
-    precision: str = "parity"
-    """parity (float32) or fast (bfloat16)."""
+    precision: Literal["fast", "parity"] = "parity"
+    """The model in bfloat16, or in float32. SAEs are float32 in both."""
 
 
 def run(config: Config) -> None:
@@ -99,9 +101,11 @@ def run(config: Config) -> None:
         check_vocabulary(tokenizer, backbone.config.vocab_size)
         stats = load_stats(config, source)
         entries = _entries(config, backbone, tokenizer, model, source, stats)
-        trial = _Trial(config, job, backbone, tokenizer, load_needed(entries, source, config.k), stats)
+        saes = load_needed(entries, source, config.k)
+        check_statistics(stats, source, saes)
+        trial = _Trial(config, job, backbone, tokenizer, saes, stats)
         found, kept = trial.sweep(entries) if config.sweep else trial.compare(entries)
-        text = _table(found)
+        text = _table(found, [f"{entry.layer}:{entry.feature}" for entry in entries if entry.feature is not None])
         write_text(job.out / "report.md", text)
         write_json(job.out / "report.json", plain(trial.report(found, kept)))
         layers = tuple(sorted({entry.layer for entry in kept or () if entry.feature is not None}))
@@ -126,8 +130,8 @@ def _check(config: Config) -> None:
     for name in ("until", "below"):
         if (share := getattr(config, name)) is not None and not 0 <= share <= 1:
             raise ValueError(f"--{name} {share}: a share lies in 0..1")
-    for script in config.script:
-        script_share("", script)  # an unknown one is refused before any work
+    script_share("", *config.script or ("Latin",))  # unknown ones are refused before any work
+    language_shares([""], config.languages or ("en",))
 
 
 def _entries(config: Config, backbone: Backbone, tokenizer: Any, model: Source, source: Source, stats) -> list[Steer]:
@@ -178,7 +182,7 @@ class _Trial:
         enough = [name for name in tried if self._reached(found[name].share)]
         if not enough:
             return found, None
-        kept = tried[min(enough, key=lambda name: self._length(tried[name][0]))]
+        kept = tried[min(enough, key=lambda name: self._effort(tried[name][0]))]
         return found | (self.compare(kept)[0] if config.controls else {}), kept
 
     def report(self, found: dict[str, Outcome], kept: list[Steer] | None) -> dict[str, Any]:
@@ -190,10 +194,14 @@ class _Trial:
     def _reached(self, share: float) -> bool:
         return share <= self.config.below if self.config.below is not None else share >= self.config.until
 
-    def _length(self, entry: Steer) -> float:
-        """How long a change is: in median norms where these are known, else in units of the residual stream."""
+    def _effort(self, entry: Steer) -> float:
+        """How far an entry is from changing nothing, in median norms where these are known."""
         (facts,) = describe([entry], self.saes, stats=self.stats)
-        return abs(facts["xnorm"] if facts["xnorm"] is not None else facts["raw"] * facts["norm"])
+        if entry.mode == "scale":
+            return abs(facts["raw"] - 1)
+        length = facts["xnorm"] if facts["xnorm"] is not None else facts["raw"] * facts["norm"]
+        # A clamp that takes away is the stronger, the lower it is.
+        return -length if entry.mode == "clamp" and self.config.below is not None else abs(length)
 
     def _try(self, arms, entries: list[Steer]) -> dict[str, Outcome]:
         config = self.config
@@ -207,7 +215,7 @@ class _Trial:
         def progress(rows: int, tokens: int) -> None:
             self.job.progress(texts=rows, tokens=tokens)
             if self.job.stopping:
-                raise self.job.interrupted("nothing is kept of a trial; it begins anew")
+                raise self.job.interrupted("nothing is kept of a trial", resumes=False)
 
         read = [(entry.layer, entry.feature) for entry in entries if entry.feature is not None]
         return try_recipes(
@@ -216,7 +224,7 @@ class _Trial:
         )  # fmt: skip
 
 
-def _table(found: dict[str, Outcome]) -> str:
+def _table(found: dict[str, Outcome], features: list[str]) -> str:
     languages = sorted({name for outcome in found.values() for name in outcome.languages})
     head = [
         "",
@@ -230,7 +238,7 @@ def _table(found: dict[str, Outcome]) -> str:
     ]
     rows = [
         [name, _number(o.share, 3), *(f"{o.languages.get(n, 0):.2f}" for n in languages), f"{o.nll:.2f}", f"{o.kl:.2f}",
-         _number(o.distinct, 2), ", ".join(f"{a:.3g}" for a in o.read), f"{o.changed:.0f} of {o.selected:.0f}"]
+         _number(o.distinct, 2), *(f"{a:.3g}" for a in o.read), f"{o.changed:.0f} of {o.selected:.0f}"]
         for name, o in found.items()
     ]  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]

@@ -14,9 +14,10 @@ from qscope_jax.data.feed import DocumentSource, Feed, open_feed
 from qscope_jax.data.seeding import split_documents
 from qscope_jax.data.tokenizer import load_tokenizer
 from qscope_jax.data.vectors import VectorFeed, open_vectors
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import hash_files, plain, say
+from qscope_jax.jobs.run import plain, say
 from qscope_jax.jobs.train_config import Config, fewer_shards, mesh_for, plan_for
 from qscope_jax.training.loop import Plan, Rows
 

@@ -3,7 +3,7 @@
 | control   | the recipe, but                                                              |
 | unsteered | nothing                                                                      |
 | identity  | with a strength that changes nothing: must equal unsteered token for token   |
-| random    | with features drawn at random, of changes as long                            |
+| random    | along the directions of random features, every token's change as long        |
 | flipped   | with the opposite sign                                                       |
 | prompt    | on the prompt's tokens alone                                                 |
 """
@@ -93,21 +93,17 @@ def _drawn(
     used: Mapping[int, set[int]],
     rng: np.random.Generator,
 ) -> list[Steer]:
-    """The recipe with other features, none twice, whose strength makes up for the length of their directions."""
+    """The recipe along other features' directions, none twice, scaled so that every token's change stays as long."""
     taken, drawn = {layer: set(features) for layer, features in used.items()}, []
     for entry, scale in zip(raw, scales, strict=True):
-        if entry.direction is not None:
+        if entry.feature is None:
             direction = rng.standard_normal(len(entry.direction))
-            drawn.append(replace(entry, direction=direction * (scale.norm / np.linalg.norm(direction))))
-            continue
-        free = np.setdiff1d(np.arange(saes[entry.layer].config.d_sae), list(taken[entry.layer]))
-        if not free.size:
-            raise ValueError(f"layer {entry.layer}: no feature is left to draw at random; exclude fewer")
-        feature = int(rng.choice(free))
-        taken[entry.layer].add(feature)
-        other = float(np.linalg.norm(np.asarray(saes[entry.layer].params.w_dec[feature], np.float64)))
-        strength = entry.strength
-        if strength is not None and entry.mode in ("add", "clamp", "min-clamp"):  # along d as stored
-            strength *= scale.norm / other
-        drawn.append(replace(entry, feature=feature, strength=strength))
+        else:
+            free = np.setdiff1d(np.arange(saes[entry.layer].config.d_sae), list(taken[entry.layer]))
+            if not free.size:
+                raise ValueError(f"layer {entry.layer}: no feature is left to draw at random; exclude fewer")
+            feature = int(rng.choice(free))
+            taken[entry.layer].add(feature)
+            direction = np.asarray(saes[entry.layer].params.w_dec[feature], np.float64)
+        drawn.append(replace(entry, direction=direction * (scale.norm / np.linalg.norm(direction))))
     return drawn

@@ -50,7 +50,7 @@ def _entry(entry: Steer, scales: Scales) -> dict[str, Any]:
     facts: dict[str, Any] = {"layer": entry.layer, "hook": entry.hook, "at": AT}
     if entry.feature is not None:
         facts["feature"] = entry.feature
-    else:
+    if entry.direction is not None:
         facts["direction"] = hashlib.sha256(np.asarray(entry.direction, "<f4").tobytes()).hexdigest()
     facts |= {"mode": entry.mode, "strength": entry.strength, "units": entry.units, "positions": entry.positions}
     return facts | {"preserve_norm": entry.preserve_norm, "norm": scales.norm, **in_units}

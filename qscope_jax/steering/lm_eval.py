@@ -74,7 +74,7 @@ def write_lm_eval(
     if loader not in ("sparsify", "sae_lens"):
         raise ValueError(f"loader = {loader!r}; expected 'sparsify' or 'sae_lens'")
     for entry in entries:
-        if entry.mode not in ("add", "project") or entry.feature is None:
+        if entry.mode not in ("add", "project") or entry.feature is None or entry.direction is not None:
             raise ValueError(f"{entry}: the harness knows mode add and project (its clamp) of features alone")
         if entry.positions != "all" or entry.preserve_norm:
             raise ValueError(f"{entry}: the harness steers all positions and preserves no norm")

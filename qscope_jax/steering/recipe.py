@@ -22,6 +22,8 @@ MAX_STRENGTH = 1e12  # squares of what lies beyond leave float32; residual norms
 class Steer:
     """One feature, or one plain direction, to steer at the output of one layer.
 
+    With both, what the feature's activation asks for is done along the other direction: a control of its own length.
+
     Attributes:
       layer: 0-based decoder layer whose output is changed, before the final norm (`model.layers.N`).
       feature: index of the SAE's latent; None for a plain direction.
@@ -32,7 +34,7 @@ class Steer:
         residual norm. For "clamp" and "min-clamp" they measure the activation to reach. "scale" is a pure factor.
       positions: "all", "prompt", "generated", "last" (token of the prompt), "5", "3-7" (both ends), or "0,2,5-8".
       preserve_norm: rescale every token that this changes to the norm it had, after all changes at its layer.
-      direction: a vector [d] instead of a feature, for "add" and "project"; kept in float32.
+      direction: a vector [d], for "add" and "project" instead of a feature; kept in float32.
 
     Raises:
       ValueError: what was wrong, and what is accepted.
@@ -53,13 +55,11 @@ class Steer:
         for name, value, accepted in (("mode", self.mode, MODES), ("units", self.units, UNITS)):
             if value not in accepted:
                 raise ValueError(f"{name} = {value!r}; expected one of {', '.join(accepted)}")
-        if (self.feature is None) == (self.direction is None):
-            raise ValueError(
-                "a Steer has a feature (the index of a latent) or a direction (a vector): give one of them"
-            )
+        if self.feature is None and self.direction is None:
+            raise ValueError("a Steer has a feature (the index of a latent) or a direction (a vector): give one")
         if self.feature is not None:
             put("feature", _index("feature", self.feature))
-        else:
+        if self.direction is not None:
             put("direction", _vector(self.direction))
             self._check_direction()
         put("strength", self._checked_strength())
@@ -105,9 +105,9 @@ class Steer:
         return checked_number("strength", strength)
 
     def _check_direction(self) -> None:
-        if self.mode in READS:
+        if self.mode in READS and self.feature is None:
             raise ValueError(f"mode {self.mode!r} reads the activation of a feature; a plain direction has none")
-        if self.units == "xmax":
+        if self.units == "xmax" and self.feature is None:
             raise ValueError("units 'xmax' are multiples of a feature's maximum; a plain direction takes raw or xnorm")
 
 

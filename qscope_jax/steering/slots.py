@@ -90,7 +90,7 @@ def _directions(entries: Sequence[Steer], saes: Mapping[int, Sae]) -> list[np.nd
     for layer, features in wanted.items():
         found = to_host(jnp.take(saes[layer].params.w_dec, jnp.asarray(features), axis=0)).astype(np.float32)
         rows.update({(layer, feature): row for feature, row in zip(features, found, strict=True)})
-    return [entry.direction if entry.feature is None else rows[entry.layer, entry.feature] for entry in entries]
+    return [rows[entry.layer, entry.feature] if entry.direction is None else entry.direction for entry in entries]
 
 
 def fill_slots(rows: list[list[Steer]], resolved: list[tuple[np.ndarray, Scales]]) -> Entries:

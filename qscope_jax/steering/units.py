@@ -12,7 +12,10 @@ from qscope_jax.sae.model import Sae
 from qscope_jax.sae.quality import SINK_FACTOR
 from qscope_jax.steering.recipe import Steer, checked_number
 
-_HOW = "build statistics with `qscope features build` and pass them as stats={layer: ...}, or use units='raw'"
+_HOW = (
+    "build statistics with `qscope features build` and give them (stats=load_statistics(FOLDER), "
+    "SAEModel.from_pretrained(..., statistics=FOLDER), --statistics FOLDER), or use units='raw'"
+)
 
 
 class LayerStats(Protocol):

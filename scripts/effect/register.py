@@ -20,18 +20,20 @@ MANUALS = ("office", "image", "desktop")
 
 
 def register(setting: Setting) -> tuple[str, dict[str, Any]]:
-    """The direction's held-out AUROC in every layer, and what it does to manuals' prompts in the best."""
+    """The direction's AUROC in every layer, on documents that choose the layer and on held-out ones, and its effect."""
     train, train_story = _documents(setting.train, TRAINED)
+    chooses = np.arange(len(train)) % 3 == 0  # a third of the train documents chooses the layer
     judged, judged_story = _documents(setting.held_out, JUDGED)
     vectors, mask = _residuals(setting, train)
     held, held_mask = _residuals(setting, judged)
     directions, scores = {}, {}
     for layer in setting.saes:
         positive = np.broadcast_to(train_story[:, None], mask.shape)
-        directions[layer] = difference_of_means(vectors[layer], positive, mask)
-        mean = (held[layer] @ directions[layer] * held_mask).sum(1) / held_mask.sum(1)
-        scores[layer] = float(auroc(mean[:, None], judged_story)[0])
-    layer = max(scores, key=lambda n: scores[n])
+        direction = difference_of_means(vectors[layer][~chooses], positive[~chooses], mask[~chooses])
+        chosen = _auroc(vectors[layer][chooses], mask[chooses], direction, train_story[chooses])
+        directions[layer] = direction
+        scores[layer] = chosen, _auroc(held[layer], held_mask, direction, judged_story)
+    layer = max(scores, key=lambda n: scores[n][0])
     classify, accuracy = _classifier(train, train_story, judged, judged_story, setting.backbone.config.vocab_size)
     given = prompts([ids for ids, story in zip(judged, judged_story, strict=True) if not story][:REPORTED])
     arms = {
@@ -81,6 +83,12 @@ def _residuals(setting: Setting, documents: list[np.ndarray]) -> tuple[np.ndarra
         out = run(backbone.params, backbone.config, tokens[part], mask=mask[part], capture=layers, logits="none")
         found.append(np.asarray(out.captured))
     return np.concatenate(found, axis=1), mask
+
+
+def _auroc(vectors, mask, direction, positive) -> float:
+    """Of the documents' mean projections."""
+    mean = (vectors @ direction * mask).sum(1) / mask.sum(1)
+    return float(auroc(mean[:, None], positive)[0])
 
 
 def _classifier(train, train_story, judged, judged_story, vocabulary: int):

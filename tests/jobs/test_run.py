@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from qscope_jax.files.hashes import hash_files
 from qscope_jax.jobs.progress import duration
-from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run, hash_files, plain
+from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run, plain
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,13 @@ def test_a_sweep_keeps_the_weakest_that_does_enough(steer):
     assert not (folder / "recipe.toml").exists()
 
 
+@pytest.mark.slow
+def test_the_weakest_way_of_taking_away_is_the_least_one(steer):
+    options = ("--feature", "3:239", "--script", "Latin", "--below", "1")
+    assert steer(*options, "--mode", "scale", "--sweep", "0", "0.5", "0.9")[1]["recipe"][0]["strength"] == 0.9
+    assert steer(*options, "--mode", "clamp", "--sweep", "0", "0.5", "0.2")[1]["recipe"][0]["strength"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -87,6 +94,7 @@ def test_a_sweep_keeps_the_weakest_that_does_enough(steer):
         (("--feature", "3:1", "--sweep", "1", "2"), "say of which script"),
         (("--feature", "3:1", "--sweep", "1", "--script", "Han", "--until", "2"), "--until 2.0: a share lies in 0..1"),
         (("--feature", "3:1", "--strength", "1", "--script", "Klingon"), "expected Unicode's names"),
+        (("--feature", "3:1", "--strength", "1", "--languages", "xx"), "expected ISO 639-1 codes"),
         (("--feature", "3:1", "--strength", "1", "--max-new-tokens", "2"), "--max-new-tokens 2: expected at least 3"),
         (("--concept", "gothic", "--strength", "1"), "'gothic' is no set of texts"),
         (("--steer", "nowhere.toml"), "nowhere.toml"),

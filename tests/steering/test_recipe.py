@@ -65,7 +65,6 @@ def test_more_ranges_than_usual_get_a_wider_program(model):
         ({"feature": -3}, "feature = -3; expected a whole number"),
         ({"feature": "7"}, "feature = '7'; expected a whole number"),
         ({"feature": None}, "a feature .* or a direction"),
-        ({"direction": np.ones(4)}, "a feature .* or a direction"),
         ({"strength": np.nan}, "strength = nan; expected a finite number within"),
         ({"strength": -np.inf}, "strength = -inf; expected a finite number within"),
         ({"strength": 1e30}, r"strength = 1e\+30; expected a finite number within ±1e\+12"),
