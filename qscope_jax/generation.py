@@ -136,6 +136,8 @@ def start(
     if not 0 <= top_logprobs <= config.vocab_size:
         raise ValueError(f"top_logprobs = {top_logprobs}; expected 0..{config.vocab_size}, the model's vocabulary")
     ends = config.eos_token_ids if eos is None else tuple(eos)
+    if ends and not np.issubdtype(np.asarray(ends).dtype, np.integer):
+        raise ValueError(f"eos = {ends}; expected token ids")
     check_tokens(ends, config)
     lengths = np.array([len(row) for row in rows], np.int32)
     width, room = bucket(int(lengths.max())), bucket(max_new_tokens)
@@ -239,8 +241,8 @@ def _prompts(tokens, mask, config: ModelConfig, new: int) -> list[np.ndarray]:
     real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if real.shape != tokens.shape:
         raise ValueError(f"mask has shape {real.shape}, tokens have {tokens.shape}")
-    if new < 1:
-        raise ValueError(f"max_new_tokens = {new}; expected at least 1")
+    if not isinstance(new, int | np.integer) or new < 1:
+        raise ValueError(f"max_new_tokens = {new}; expected a whole number of at least 1")
     rows = [row[own] for row, own in zip(tokens, real, strict=True)]
     for i, row in enumerate(rows):
         context = config.max_position_embeddings

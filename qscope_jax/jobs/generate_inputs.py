@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from qscope_jax.backbone.config import ModelConfig, read_config
+from qscope_jax.backbone.config_reader import read_object
 from qscope_jax.backbone.parameters import parameter_shapes
 from qscope_jax.data.chat import encode_chat
 from qscope_jax.data.text import BadRow, Document, Fields, open_corpus
@@ -180,8 +181,12 @@ def _eos(config: Any, model: Source, constants: ModelConfig, tokenizer: Any) -> 
         return ()
     found = list(constants.eos_token_ids)
     if model.has("generation_config.json"):
-        said = json.loads(model.fetch("generation_config.json").read_text(encoding="utf-8")).get("eos_token_id") or []
-        found += said if isinstance(said, list) else [said]
+        path = model.fetch("generation_config.json")
+        said = read_object(path).get("eos_token_id")
+        ids = said if isinstance(said, list) else [] if said is None else [said]
+        if not all(type(number) is int for number in ids):
+            raise ValueError(f"{path}: eos_token_id = {said!r}; expected a token id, or several")
+        found += ids
     if config.chat and tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(found))

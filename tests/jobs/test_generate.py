@@ -191,6 +191,9 @@ def test_a_chat_is_framed_by_the_models_template(tiny_release, tmp_path, capfd):
     (asked,) = write(tiny_release, tmp_path / "special", *chat, "--special-tokens")
     assert asked["prompt_tokens"] < row["prompt_tokens"]
     assert manifest(tmp_path / "out")["facts"]["eos"] == [301, 302, tokenizer.eos_token_id]
+    (model / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
+    assert cli.main(command(tiny_release, *chat)) == 2
+    assert "generation_config.json: eos_token_id = ['<|im_end|>']; expected a token id" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
