@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qscope_jax.backbone.weights import save_backbone as save_backbone
     from qscope_jax.data.store import FeatureStore as FeatureStore
     from qscope_jax.data.tokenizer import load_tokenizer as load_tokenizer
-    from qscope_jax.discovery import discover as discover
+    from qscope_jax.features.discovery import discover as discover
+    from qscope_jax.features.files import load_statistics as load_statistics
     from qscope_jax.generation import GenerateOutput as GenerateOutput
     from qscope_jax.generation import Taps as Taps
     from qscope_jax.generation import generate as generate
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from qscope_jax.sae.model import from_dense as from_dense
     from qscope_jax.sae.model import init_sae as init_sae
     from qscope_jax.sae.model import to_dense as to_dense
-    from qscope_jax.statistics_files import load_statistics as load_statistics
     from qscope_jax.steering import Applied as Applied
     from qscope_jax.steering import Steer as Steer
     from qscope_jax.steering import count_applied as count_applied
@@ -58,7 +58,7 @@ _MODULES = {
     "backbone.weights": ("Backbone", "load_backbone", "save_backbone"),
     "data.store": ("FeatureStore",),
     "data.tokenizer": ("load_tokenizer",),
-    "discovery": ("discover",),
+    "features.discovery": ("discover",),
     "generation": ("GenerateOutput", "Taps", "generate", "pad_left"),
     "mesh": ("make_mesh", "start_distributed"),
     "sae.formats": ("load_sae", "load_saes", "save_sae"),
@@ -73,7 +73,7 @@ _MODULES = {
         "init_sae",
         "to_dense",
     ),
-    "statistics_files": ("load_statistics",),
+    "features.files": ("load_statistics",),
     "steering": ("Applied", "Steer", "count_applied", "load_recipe", "save_recipe", "steer"),
     "taps": ("Tap", "chain"),
 }

@@ -15,16 +15,16 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 
 from qscope_jax.backbone.weights import Backbone, load_backbone
-from qscope_jax.concepts import text_sets
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
-from qscope_jax.discovery import FoundFeature, discover
 from qscope_jax.extract import check_sae
+from qscope_jax.features.concepts import text_sets
+from qscope_jax.features.discovery import FoundFeature, discover
+from qscope_jax.features.files import check_statistics, statistics_of
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.generation import generate, pad_left
 from qscope_jax.sae.formats import layers_of, load_sae
 from qscope_jax.sae.model import Sae
 from qscope_jax.sae.release import parse_name
-from qscope_jax.statistics_files import check_statistics, statistics_of
 from qscope_jax.steering import Steer, steer
 from qscope_jax.steering.units import Stats
 

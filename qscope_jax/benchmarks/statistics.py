@@ -13,7 +13,7 @@ from qscope_jax.data.documents import Parts
 from qscope_jax.data.text import open_corpus
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.extract_folder import make_parts
-from qscope_jax.statistics import Watch, count_text, init_counted, make_fold_step
+from qscope_jax.features.count import Watch, count_text, init_counted, make_fold_step
 
 _CONTEXTS = 8
 _CHOSEN = {"batch_tokens": 2048, "top": None, "per_octave": 2}

@@ -19,14 +19,14 @@ from qscope_jax.data.documents import Part, Parts, read_ahead
 from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from qscope_jax.extract import make_extract_step, measure_sinks
+from qscope_jax.features.count import Counted, Watch, count_text, init_counted, make_fold_step
+from qscope_jax.features.count_store import check_store, count_store
+from qscope_jax.features.files import contexts_path, put_aside, save_statistics, table, take_up, write_contexts
 from qscope_jax.files.atomic import write_json
 from qscope_jax.jobs.features_config import Config, Opened, check_numbers, open_inputs
 from qscope_jax.jobs.run import Run, check_local, devices, plain
 from qscope_jax.sae.formats import load_sae
 from qscope_jax.sae.model import Contract
-from qscope_jax.statistics import Counted, Watch, count_text, init_counted, make_fold_step
-from qscope_jax.statistics_files import contexts_path, put_aside, save_statistics, table, take_up, write_contexts
-from qscope_jax.statistics_store import check_store, count_store
 
 _ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
 

@@ -17,11 +17,11 @@ from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.inputs import Format
 from qscope_jax.data.text import Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
-from qscope_jax.diagnosis import Answer, Complaint, Suspect, find_suspects, judge_answer
 from qscope_jax.explorer.page import write_page
 from qscope_jax.explorer.terminal import has_colour, tinted
 from qscope_jax.explorer.tokens import token_bytes, token_labels
 from qscope_jax.extract import DocumentCodes, HostCode
+from qscope_jax.features.diagnosis import Answer, Complaint, Suspect, find_suspects, judge_answer
 from qscope_jax.files.atomic import write_json
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve

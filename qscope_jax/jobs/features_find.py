@@ -19,13 +19,13 @@ import tyro
 from qscope_jax.analysis.contexts import BEFORE
 from qscope_jax.analysis.contrast import By
 from qscope_jax.backbone.weights import load_backbone
-from qscope_jax.concepts import LANGUAGES, TextSets, canonical_name, concept_names, concept_texts, text_sets
 from qscope_jax.data.inputs import Format
 from qscope_jax.data.text import Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
-from qscope_jax.discovery import ALPHA, Discovery, FoundFeature, discover
 from qscope_jax.explorer.figures import draw_profile
 from qscope_jax.explorer.tokens import token_labels
+from qscope_jax.features.concepts import LANGUAGES, TextSets, canonical_name, concept_names, concept_texts, text_sets
+from qscope_jax.features.discovery import ALPHA, Discovery, FoundFeature, discover
 from qscope_jax.files.atomic import atomic_path, write_json
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import resolve

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from qscope_jax.features.files import statistics_of
 from qscope_jax.files.source import Source
 from qscope_jax.jobs.places import bind
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
-from qscope_jax.statistics_files import statistics_of
 from qscope_jax.steering import Steer, load_recipe
 from qscope_jax.steering.recipe import Mode, Units
 from qscope_jax.steering.units import Stats

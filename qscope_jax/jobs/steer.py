@@ -15,9 +15,10 @@ import tyro
 
 from qscope_jax.analysis.text import language_shares, script_share
 from qscope_jax.backbone.weights import Backbone, load_backbone
-from qscope_jax.concepts import text_sets
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
-from qscope_jax.discovery import discover
+from qscope_jax.features.concepts import text_sets
+from qscope_jax.features.discovery import discover
+from qscope_jax.features.files import check_statistics
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
@@ -26,7 +27,6 @@ from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, l
 from qscope_jax.jobs.run import Run, devices, plain
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
-from qscope_jax.statistics_files import check_statistics
 from qscope_jax.steering import Steer, describe, save_recipe
 from qscope_jax.steering.controls import control_recipes
 from qscope_jax.steering.units import Stats

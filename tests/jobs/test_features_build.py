@@ -14,11 +14,11 @@ from qscope_jax.analysis.statistics import QUANTILE_ERROR
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.extract import extract_documents
+from qscope_jax.features.files import load_statistics
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
 from qscope_jax.sae.formats import load_saes, save_sae
 from qscope_jax.sae.quality import sink_threshold
-from qscope_jax.statistics_files import load_statistics
 from tests.jobs.extracting import SMALL, damaged_rows, extract, manifest, texts, write_rows
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -9,9 +9,9 @@ import pytest
 from qscope_jax import cli
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
-from qscope_jax.diagnosis import Complaint, find_suspects, judge_answer
 from qscope_jax.explorer.tokens import token_bytes
 from qscope_jax.extract import extract_documents
+from qscope_jax.features.diagnosis import Complaint, find_suspects, judge_answer
 from qscope_jax.sae.formats import load_saes
 from tests.jobs.extracting import manifest, write_rows
 
@@ -158,8 +158,8 @@ def test_wrong_input_is_named(tiny_release, tmp_path, capsys, options, message):
 @pytest.mark.slow
 def test_on_the_embedded_model_chinese_in_an_english_answer_leads_to_the_features_of_chinese(tmp_path):
     """The same features that telling Chinese texts from others finds, without seeing any of these."""
-    from qscope_jax.concepts import text_sets
-    from qscope_jax.discovery import discover
+    from qscope_jax.features.concepts import text_sets
+    from qscope_jax.features.discovery import discover
 
     answer = "The wolf was waiting, grey and silent. 它没有攻击，而是转过身去。 Then it led her to the village."
     sources = ["--layers", "3", "--top", "3", "--out", str(tmp_path)]

@@ -10,7 +10,7 @@ import pytest
 from qscope_jax import cli
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
-from qscope_jax.discovery import discover
+from qscope_jax.features.discovery import discover
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
 from qscope_jax.sae.formats import load_saes
 from tests.jobs.extracting import manifest, texts, write_rows
@@ -39,7 +39,7 @@ def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp
     backbone, saes = load_backbone(tiny_release / "model", dtype="float32"), load_saes(tiny_release / "sae")
     encoder = make_encoder(load_tokenizer(tiny_release / "model"))
     rows = [json.loads(line)["text"] for line in (files / "fox.jsonl").read_text().splitlines()]
-    from qscope_jax.concepts import concept_texts
+    from qscope_jax.features.concepts import concept_texts
 
     negative = {str(files / "other.jsonl"): texts(8, longest=6), "german": concept_texts("german")}
     found = discover(backbone, saes, encoder, rows, negative, top=4, permutations=99, batch_tokens=256)

@@ -33,12 +33,7 @@ ROWS = [
             "splice",
         ),
         *(
-            "statistics",
-            "statistics_files",
-            "statistics_store",
-            "concepts",
-            "diagnosis",
-            "discovery",
+            "features",
             "training",
             "trials",
         ),

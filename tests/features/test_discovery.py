@@ -11,8 +11,8 @@ from qscope_jax.analysis.features import auroc
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.batches import Buckets
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
-from qscope_jax.discovery import discover, pool_texts
 from qscope_jax.extract import extract_documents, make_extract_step
+from qscope_jax.features.discovery import discover, pool_texts
 from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
 
@@ -157,7 +157,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(parts):
 @pytest.mark.slow
 def test_p_is_calibrated_on_shuffled_labels_of_real_texts():
     """Features of real text are sparse and alike; with shuffled labels p <= 0.05 in about one case of twenty."""
-    from qscope_jax.concepts import LANGUAGES, concept_texts
+    from qscope_jax.features.concepts import LANGUAGES, concept_texts
 
     backbone, saes = load_backbone("demo", dtype="float32"), load_saes("demo", (1,))
     texts = [text for name in LANGUAGES for text in concept_texts(name)]
@@ -177,7 +177,7 @@ def test_p_is_calibrated_on_shuffled_labels_of_real_texts():
 @pytest.mark.slow
 def test_the_embedded_saes_know_their_languages():
     """Chosen on half of the shipped texts, judged on the other: one feature tells each language from the others."""
-    from qscope_jax.concepts import LANGUAGES, text_sets
+    from qscope_jax.features.concepts import LANGUAGES, text_sets
 
     backbone, saes = load_backbone("demo", dtype="float32"), load_saes("demo", (3, 4))
     encoder, step = make_encoder(load_tokenizer("demo")), make_extract_step(backbone.config, (3, 4))

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from qscope_jax.analysis.contexts import BEFORE, TopContexts
 from qscope_jax.analysis.statistics import LEVELS, QUANTILE_ERROR, HostTally, LayerStatistics, Tally
+from qscope_jax.features.count import Counted
 from qscope_jax.files.atomic import atomic_path
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.recognise import FormatError
@@ -27,7 +28,6 @@ from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.mesh import to_host
 from qscope_jax.sae.formats import open_sae
-from qscope_jax.statistics import Counted
 from qscope_jax.totals import Total
 
 FORMAT = "qscope-statistics-1"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qscope_jax.concepts import LANGUAGES, canonical_name, concept_names, concept_texts, text_sets
+from qscope_jax.features.concepts import LANGUAGES, canonical_name, concept_names, concept_texts, text_sets
 from qscope_jax.jobs.demo import LANGUAGES as SHOWN
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from qscope_jax.analysis.contexts import Tokens, add_contexts, init_contexts
 from qscope_jax.analysis.statistics import LayerStatistics, host_tally, init_tally, summarize_tally, update_tally
+from qscope_jax.features.count import init_counted
+from qscope_jax.features.files import load_statistics, put_aside, save_statistics, statistics_path, take_up
 from qscope_jax.files.recognise import FormatError
 from qscope_jax.files.source import SourceNotFoundError, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
 from qscope_jax.sae.formats import load_saes, open_sae
-from qscope_jax.statistics import init_counted
-from qscope_jax.statistics_files import load_statistics, put_aside, save_statistics, statistics_path, take_up
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from qscope_jax.analysis.statistics import Tally, update_tally
 from qscope_jax.data.assemble import TokenCodes
 from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.store_files import fingerprint, read_facts
-from qscope_jax.statistics import Counted, Watch, finish_part
+from qscope_jax.features.count import Counted, Watch, finish_part
 
 _CHUNK = 16_384  # stored tokens per call
 
