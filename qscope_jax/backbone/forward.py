@@ -4,25 +4,22 @@ A period is the repeating pattern of layer kinds (("full",) for Qwen3); every le
 period axis, so the compiled program does not grow with depth. Layer l sits in period l // p at slot l % p.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.backbone.cache import Cache, check_room, init_cache
+from qscope_jax.backbone.arguments import LogitsMode, Remat, check_arguments
+from qscope_jax.backbone.cache import Cache
 from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.context import BlockContext, check_rows, make_contexts
+from qscope_jax.backbone.context import BlockContext, make_contexts
 from qscope_jax.backbone.layers import Block
 from qscope_jax.backbone.norms import rms_norm
 from qscope_jax.backbone.parameters import Params, parameter_shapes
 from qscope_jax.mesh import AnyMesh, constrain, mesh_of
-from qscope_jax.taps import Tap, TapContext, check_tap
-
-LogitsMode = Literal["all", "last", "none"]
-Remat = Literal["full", "dots"]
+from qscope_jax.taps import Tap, TapContext
 
 _REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -108,7 +105,9 @@ def forward(
       ValueError: an option or a shape that does not fit, named.
       MeshError: the mesh does not divide the rows.
     """
-    depth = _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache)
+    depth = check_arguments(
+        config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache
+    )
     if prompt_lengths is not None and jnp.shape(prompt_lengths) not in (tokens.shape[:1], tokens.shape):
         raise ValueError(
             f"prompt_lengths has shape {jnp.shape(prompt_lengths)}; expected {tokens.shape[:1]} or {tokens.shape}"
@@ -287,45 +286,3 @@ def _logits(hidden, head, mask, config, mode: LogitsMode):
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         hidden = jnp.where(jnp.any(mask, axis=1)[:, None], hidden, jnp.nan)
     return jnp.einsum("...d,vd->...v", hidden, head, precision=config.precision)
-
-
-def _check(config, tokens, capture, logits, stop_after, remat, tap, mask, positions, segment_ids, cache) -> int:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [b, t], found {tokens.dtype} {tuple(tokens.shape)}")
-    if 0 in tokens.shape:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; there is nothing to run")
-    for name, array in (("mask", mask), ("positions", positions), ("segment_ids", segment_ids)):
-        if array is not None and jnp.shape(array) != tokens.shape:
-            raise ValueError(f"{name} has shape {jnp.shape(array)}, tokens have {tuple(tokens.shape)}")
-        kinds = (jnp.integer, jnp.bool_) if name == "mask" else (jnp.integer,)
-        if array is not None and not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-            wanted = "True and False" if name == "mask" else "integers"
-            raise ValueError(f"{name} holds {array.dtype}; expected {wanted}")
-    if logits not in ("all", "last", "none"):
-        raise ValueError(f"logits = {logits!r}; expected 'all', 'last' or 'none'")
-    if remat is not None and remat not in _REMAT_POLICIES:
-        raise ValueError(f"remat = {remat!r}; expected None or one of {sorted(_REMAT_POLICIES)}")
-    if stop_after is not None and not 0 <= stop_after < config.num_layers:
-        raise ValueError(f"stop_after = {stop_after}; layers are 0..{config.num_layers - 1}")
-    depth = config.num_layers if stop_after is None else stop_after + 1
-    if len(set(capture)) != len(capture) or not all(0 <= layer < depth for layer in capture):
-        raise ValueError(f"capture = {capture} must be different layers among 0..{depth - 1}, those that run")
-    if tap is not None:
-        check_tap(tap, config.num_layers)
-    if cache is not None:
-        _check_cache(cache, config, tokens, stop_after)
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((mask, segment_ids, cache))):
-        real = np.ones(tokens.shape, bool) if mask is None else mask
-        check_rows(segment_ids, real, cache, gaps=not config.hybrid)
-    return depth
-
-
-def _check_cache(cache: Cache, config, tokens, stop_after) -> None:
-    if stop_after is not None:
-        raise ValueError("stop_after leaves the layers behind it without these tokens; it takes no cache")
-    if cache.segments.shape[0] != tokens.shape[0]:
-        raise ValueError(f"the cache has {cache.segments.shape[0]} rows, tokens have {tokens.shape[0]}")
-    expected = jax.eval_shape(lambda: init_cache(config, tokens.shape[0], cache.capacity))
-    if jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, expected):
-        raise ValueError("the cache was made for another model; make it with init_cache(config, ...) of this one")
-    check_room(cache, tokens.shape[1])
