@@ -21,6 +21,7 @@ from qscope_jax.mesh import to_host
 from qscope_jax.objectives.lm import kl_loss, next_tokens, output_head
 from qscope_jax.sae.model import Sae, SaeConfig, encode
 from qscope_jax.steering import Steer, count_applied, steer
+from qscope_jax.steering.recipe import READS
 from qscope_jax.steering.units import Stats
 from qscope_jax.taps import Tap, TapContext, chain
 
@@ -103,16 +104,26 @@ def try_recipes(
     writing = writing or Writing()
     rows = [(name, recipe, i) for name, recipes in arms.items() for recipe in recipes for i in range(len(prompts))]
     found: dict[str, list[Any]] = {name: [] for name in arms}
-    for start in range(0, len(rows), writing.batch_rows):
-        part = rows[start : start + writing.batch_rows]
-        # A last batch of another size would be compiled anew: it is filled up.
-        filled = part + part[-1:] * (writing.batch_rows - len(part) if start else 0)
+    batches = _batches(rows, writing.batch_rows)
+    for part in batches:
+        # A batch of another size would be compiled anew: shorter ones are filled up.
+        filled = part + part[-1:] * (max(map(len, batches)) - len(part))
         written = _write(backbone, saes, prompts, filled, stats, features, writing)[: len(part)]
         for (name, _, _), row in zip(part, written, strict=True):
             found[name].append(row)
         if progress is not None:
             progress(len(part), sum(len(row[0]) for row in written))
     return {name: _outcome([*rows], tokenizer, writing) for name, rows in found.items()}
+
+
+def _batches(rows: list[Any], size: int) -> list[list[Any]]:
+    """Rows whose recipes read the same SAEs stand together: how many a batch reads shapes its program."""
+    read = [frozenset(entry.layer for entry in recipe if entry.mode in READS) for _, recipe, _ in rows]
+    first = next(filter(None, read), frozenset())
+    groups: dict[frozenset[int], list[Any]] = {}
+    for row, layers in zip(rows, read, strict=True):
+        groups.setdefault(layers or first, []).append(row)  # a recipe that reads none may stand anywhere
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 def judge(

@@ -11,7 +11,7 @@ from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import encode, to_dense
 from qscope_jax.steering import Steer, steer
 from qscope_jax.steering.controls import control_recipes
-from qscope_jax.trials import Writing, judge, try_recipes
+from qscope_jax.trials import Writing, _batches, judge, try_recipes
 from tests.backbone.families import QUICK
 
 pytestmark = pytest.mark.slow
@@ -96,6 +96,17 @@ def test_an_arm_does_not_depend_on_the_batch_it_stands_in(backbone, saes, tokeni
     )
     assert alone["recipe"].texts == outcomes["recipe"].texts
     assert alone["recipe"].nll == pytest.approx(outcomes["recipe"].nll, rel=1e-5)
+
+
+def test_rows_that_read_the_same_saes_share_a_batch():
+    clamp = lambda layer: [Steer(layer, 1, 1.0, "clamp")]  # noqa: E731
+    add = [Steer(5, 1, 1.0)]
+    rows = [("", recipe, i) for recipe in ([], clamp(3), clamp(4), add, [*clamp(3), *add]) for i in range(2)]
+    read = [
+        [{entry.layer for entry in recipe if entry.mode == "clamp"} for _, recipe, _ in b] for b in _batches(rows, 4)
+    ]
+    assert [len(batch) for batch in read] == [4, 4, 2]
+    assert all(len(set().union(*batch)) == 1 for batch in read)
 
 
 def test_what_cannot_be_judged_is_refused(backbone, saes, prompts):
