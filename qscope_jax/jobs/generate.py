@@ -15,15 +15,15 @@ import tyro
 
 from qscope_jax.backbone.parameters import split_layers
 from qscope_jax.backbone.weights import Backbone, load_backbone
-from qscope_jax.completions import Completion, Prompt, Stopped, complete, plan_rows
-from qscope_jax.completions_file import append, dump, sort, take_up
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.files.differences import differences
 from qscope_jax.generation import make_steps
+from qscope_jax.generation.completions import Completion, Prompt, Stopped, complete, plan_rows
+from qscope_jax.generation.results_file import append, dump, sort, take_up
+from qscope_jax.generation.sampling import check_sampling
 from qscope_jax.jobs.generate_inputs import Asked, Opened, Steering, load_steering, open_inputs
 from qscope_jax.jobs.recipes import SteerOptions
 from qscope_jax.jobs.run import Run, devices
-from qscope_jax.sampling import check_sampling
 
 _RESULTS, _FACTS = "results.jsonl", "generation.json"
 

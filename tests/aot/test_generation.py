@@ -16,9 +16,9 @@ import pytest
 from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.parameters import parameter_shapes
-from qscope_jax.generation_steps import Given, Steps
+from qscope_jax.generation.sampling import check_sampling
+from qscope_jax.generation.steps import Given, Steps
 from qscope_jax.mesh import sharding
-from qscope_jax.sampling import check_sampling
 
 pytestmark = pytest.mark.aot
 

@@ -18,7 +18,7 @@ ROWS = [
     ["qscope_kernels"],
     ["files"],
     ["mesh", "taps", "totals", "data"],
-    ["backbone", "sae", "analysis", "sampling"],
+    ["backbone", "sae", "analysis"],
     [
         *(
             "steering",
@@ -26,9 +26,6 @@ ROWS = [
             "extract_folder",
             "evaluate",
             "generation",
-            "generation_steps",
-            "completions",
-            "completions_file",
             "objectives",
             "splice",
         ),

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from qscope_jax import generation_steps
 from qscope_jax.generation import generate
-from qscope_jax.generation_steps import make_steps
+from qscope_jax.generation import steps as generation_steps
+from qscope_jax.generation.steps import make_steps
 from qscope_jax.steering import MODES, Steer, count_applied, describe, steer
 from tests.backbone.families import QUICK
 from tests.steering.conftest import LENGTHS, NEW, PROMPT, RULES

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qscope_jax.backbone.weights import load_backbone
-from qscope_jax.completions import Prompt, Stopped, complete, plan_rows
-from qscope_jax.completions_file import append, dump, sort, take_up
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.generation import generate, pad_left
+from qscope_jax.generation.completions import Prompt, Stopped, complete, plan_rows
+from qscope_jax.generation.results_file import append, dump, sort, take_up
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 TEXTS = ["the quick brown", "fox", "lazy dog, then the"]

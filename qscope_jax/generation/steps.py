@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscope_jax.backbone.cache import Cache
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import forward
-from qscope_jax.sampling import Sampling, next_token, top_of
+from qscope_jax.generation.sampling import Sampling, next_token, top_of
 
 
 class State(NamedTuple):

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qscope_jax import generation_steps
 from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.files.tensors import open_tensors
 from qscope_jax.generation import advance, bucket, finished, generate, make_steps, pad_left, result, start
+from qscope_jax.generation import steps as generation_steps
 from qscope_jax.mesh import MeshError, make_mesh
 from qscope_jax.taps import Tap
 from tests.backbone.families import FAMILIES, QUICK

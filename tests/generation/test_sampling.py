@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qscope_jax.sampling import check_sampling, keep_likely, next_token, penalise
+from qscope_jax.generation.sampling import check_sampling, keep_likely, next_token, penalise
 
 VOCAB, DRAWS = 50, 10_000
 LOGITS = 2.0 * np.random.default_rng(0).standard_normal((1, VOCAB)).astype(np.float32)

@@ -16,9 +16,9 @@ from qscope_jax.backbone.cache import init_cache
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params, check_tokens
 from qscope_jax.backbone.parameters import split_layers
-from qscope_jax.generation_steps import Given, State, Steps, make_steps
+from qscope_jax.generation.sampling import Rows, check_sampling
+from qscope_jax.generation.steps import Given, State, Steps, make_steps
 from qscope_jax.mesh import mesh_of, to_host
-from qscope_jax.sampling import Rows, check_sampling
 from qscope_jax.taps import Tap
 
 Tensor = jax.Array | np.ndarray

@@ -11,7 +11,7 @@ import numpy as np
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params
-from qscope_jax.generation import GenerateOutput, Generation, advance, bucket, finished, pad_left, result, start
+from qscope_jax.generation.batch import GenerateOutput, Generation, advance, bucket, finished, pad_left, result, start
 from qscope_jax.taps import Tap
 
 _CHUNK = 16  # tokens between two looks at the texts
