@@ -5,6 +5,8 @@ theirs. With one other group this is the contrast of the report (§3), with seve
 p = (1 + relabelled documents that score at least as high) / (1 + relabellings): documents are exchanged, never tokens.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -137,6 +139,16 @@ def false_discovery_rates(p: Sequence[np.ndarray]) -> list[np.ndarray]:
     flat = np.concatenate([np.zeros(0), *p])
     q = false_discovery_control(flat) if len(flat) else flat
     return np.split(q, np.cumsum([len(part) for part in p])[:-1])
+
+
+def labellings(groups: np.ndarray, by: By = "difference") -> int:
+    """How many labellings of documents can differ in score: more relabellings than that make no p any lower.
+
+    Exchanging whole groups of equal size, other than group 0, changes no score; "auroc" knows two groups only.
+    """
+    first, *others = np.unique_counts(groups if by != "auroc" else np.minimum(groups, 1)).counts.tolist()
+    ways = math.factorial(len(groups)) // math.prod(map(math.factorial, (first, *others)))
+    return ways // math.prod(math.factorial(number) for number in Counter(others).values())
 
 
 def halves(groups: np.ndarray) -> np.ndarray:

@@ -6,12 +6,13 @@ figures the second's. Scores of layers are made comparable as shares of the resi
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from qscope_jax.analysis.contexts import Tokens, TopContexts, add_contexts, init_contexts
+from qscope_jax.analysis.contexts import TopContexts
 from qscope_jax.analysis.contrast import (
     By,
     Contrast,
@@ -22,19 +23,17 @@ from qscope_jax.analysis.contrast import (
     document_auroc,
     false_discovery_rates,
     halves,
-    join_pooled,
-    pool_tokens,
+    labellings,
 )
-from qscope_jax.backbone.forward import check_tokens
 from qscope_jax.backbone.weights import Backbone
-from qscope_jax.data.batches import Buckets, cut_documents, plan_batches, ranges
-from qscope_jax.extract import ExtractStep, check_sae, feed_batches, make_extract_step, measure_sinks, stream
+from qscope_jax.data.batches import Buckets
+from qscope_jax.extract import ExtractStep
+from qscope_jax.features.pooled import pool_texts
 from qscope_jax.mesh import mesh_of
-from qscope_jax.sae.model import Sae
+from qscope_jax.sae.model import Sae, row_norms_of
 
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
 ALPHA = 0.05  # below this q a feature counts as found
-CONTEXTS = 3  # kept per feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,33 +71,43 @@ class LayerProfile:
     active: int
 
 
+class Reach(NamedTuple):
+    """How low p and q can come, whatever the texts say.
+
+    No p is below `smallest_p`, which `at_smallest` of all `features` have. One feature alone with it has q =
+    `smallest_q`; q < 0.05 takes `together` of them (more than `features`: it cannot be), or, for one alone,
+    `permutations` relabellings, where the documents allow as many: there are `labellings` that differ.
+    """
+
+    features: int
+    smallest_p: float
+    at_smallest: int
+    smallest_q: float
+    together: int
+    permutations: int
+    labellings: int
+
+
 class Discovery(NamedTuple):
     """What `discover` returns: features over all layers, best first; a profile per layer; and what it was made from.
 
     `table` has per layer the `Contrast` of all features that are active on the choosing half, with their numbers and q.
-    `documents` and `tokens` are counted by group, the positive one first; sinks are left out and counted per layer.
+    `documents` that were used, `duplicates` that were not, and `tokens` are counted by group, the positive one first.
+    Of the tokens, which are the same for all layers, each leaves out its own `sinks`.
     `contexts` are per layer the places where each feature is strongest, in any text: documents are numbered as the
-    texts are given, the positive ones first.
+    texts are given, the positive ones first, without duplicates.
     """
 
     features: tuple[FoundFeature, ...]
     profile: tuple[LayerProfile, ...]
     table: dict[int, tuple[np.ndarray, Contrast, np.ndarray]]
     documents: dict[str, int]
+    duplicates: dict[str, int]
     tokens: dict[str, int]
     sinks: dict[int, int]
     sink_thresholds: dict[int, float]
     contexts: dict[int, TopContexts]
-
-
-class PooledTexts(NamedTuple):
-    """All layers' pooled activations of some documents, with median norm, sinks and best contexts of each layer."""
-
-    pooled: dict[int, Pooled]
-    median_norms: dict[int, float]
-    sinks: dict[int, int]
-    sink_thresholds: dict[int, float]
-    contexts: dict[int, TopContexts]
+    reach: Reach
 
 
 def discover(
@@ -115,13 +124,16 @@ def discover(
     batch_tokens: int = 4096,
     max_length: int | None = None,
     step: ExtractStep | None = None,
+    row_norms: Mapping[int, np.ndarray] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Discovery:
     """Finds the features that fire on positive texts and not on the others.
 
+    A text that is given several times in a group counts once.
+
     Args:
       backbone: the model.
-      saes: per layer; whole, with their decoders.
+      saes: per layer; with their decoders, unless `row_norms` are given.
       encoder: texts to token ids, from `make_encoder`.
       positive: texts that show the concept, at least two.
       negative: groups of texts that do not, at least two in each.
@@ -133,23 +145,21 @@ def discover(
       batch_tokens: positions per batch.
       max_length: longer texts are cut into windows; by default the model's context, at most 4096.
       step: a step to use again, made for the same model and layers.
+      row_norms: per layer |decoder row| [f], for SAEs without decoders: only encoders are then held in memory.
       progress: told `texts` and `tokens` done.
 
     Raises:
-      ValueError: a set of fewer than two texts, a text without tokens, an id beyond the vocabulary, or SAEs that do not
-        fit the model.
+      ValueError: a set of fewer than two different texts, a text of two sets, one without tokens, an id beyond the
+        vocabulary, or SAEs that do not fit the model.
     """
-    names = ("positive", *negative)
-    texts = [list(positive), *map(list, negative.values())]
-    if few := [name for name, own in zip(names, texts, strict=True) if len(own) < 2]:
-        raise ValueError(
-            f"{', '.join(few)}: fewer than two texts; one half chooses the features, the other judges them"
-        )
+    names, given = ("positive", *negative), [positive, *negative.values()]
+    texts = _distinct(names, given)
     groups = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
     documents = encoder([text for own in texts for text in own])
     longest = max_length or min(backbone.config.max_position_embeddings, 4096)
     mesh = mesh_of(backbone.params["embed"])
     buckets = Buckets(batch_tokens, longest, 2, multiple=1 if mesh is None else mesh.shape["data"])
+    rows = {} if by != "difference" else row_norms or {n: row_norms_of(sae) for n, sae in saes.items()}
     seen = pool_texts(backbone, saes, documents, buckets, step=step, progress=progress)
     half = halves(groups)
     choosing = {n: choose_documents(one, half == 0) for n, one in seen.pooled.items()}
@@ -160,7 +170,7 @@ def discover(
         for n, one in choosing.items()
     }
     if by == "difference":
-        chosen = {n: c._replace(score=c.score * _share(saes[n], features[n], seen.median_norms[n]))
+        chosen = {n: c._replace(score=c.score * rows[n][features[n]] / seen.median_norms[n])
                   for n, c in chosen.items()}  # fmt: skip
     q = dict(zip(chosen, false_discovery_rates([one.p for one in chosen.values()]), strict=True))
     judge = _Judge(judging, groups[half == 1], names)
@@ -170,65 +180,43 @@ def discover(
     profile = tuple(
         LayerProfile(n, own[0], int((q[n] < ALPHA).sum()), len(features[n])) for n, own in each.items() if own
     )
-    kept = next(iter(seen.pooled.values())).tokens
+    lengths = np.array([len(ids) for ids in documents])
     return Discovery(
         tuple(best[:top]), profile, table,
         dict(zip(names, map(len, texts), strict=True)),
-        {name: int(kept[groups == g].sum()) for g, name in enumerate(names)},
+        {name: len(all_) - len(own) for name, all_, own in zip(names, given, texts, strict=True)},
+        {name: int(lengths[groups == g].sum()) for g, name in enumerate(names)},
         seen.sinks, seen.sink_thresholds, seen.contexts,
+        _reach(table, permutations, labellings(groups[half == 0], by)),
     )  # fmt: skip
 
 
-def pool_texts(
-    backbone: Backbone,
-    saes: Mapping[int, Sae],
-    documents: Sequence[np.ndarray],
-    buckets: Buckets,
-    *,
-    step: ExtractStep | None = None,
-    progress: Callable[..., None] | None = None,
-) -> PooledTexts:
-    """Pools the codes of documents [n_tokens] each, none empty, without sinks.
+def _distinct(names: Sequence[str], given: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Each set without its duplicates: neither may the half that judges know a text that chose, nor two sets share one.
 
     Raises:
-      ValueError: an empty document, an id beyond the vocabulary, or SAEs that do not fit the model.
+      ValueError: a text of two sets, or fewer than two texts in one.
     """
-    for layer, sae in saes.items():
-        check_sae(backbone.config, layer, sae.config)
-    if empty := [i for i, ids in enumerate(documents) if not len(ids)]:
-        raise ValueError(f"text {empty[0]} (from 0): no tokens are left of it")
-    step = step or make_extract_step(backbone.config, tuple(saes))
-    encoders = tuple(saes.values())
-    segments = cut_documents(documents, buckets.max_length, long="window")
-    check_tokens(segments.tokens, backbone.config)
-    thresholds = measure_sinks(step, backbone.params, encoders, documents, buckets)
-    parts: dict[int, list[Pooled]] = {layer: [] for layer in saes}
-    norms: dict[int, list[np.ndarray]] = {layer: [] for layer in saes}
-    sinks = dict.fromkeys(saes, 0)
-    contexts = {layer: init_contexts(sae.config.d_sae, CONTEXTS) for layer, sae in saes.items()}
-    starts = np.cumsum([0, *map(len, documents)])
-    plan = plan_batches(segments.lengths, buckets)
-    for batch, output in stream(step, backbone.params, encoders, feed_batches(plan, segments)):
-        lengths = segments.lengths[batch.segments]
-        real = ranges(batch.begin, batch.begin + lengths)
-        document = np.repeat(segments.document[batch.segments], lengths)
-        begin = segments.begin[batch.segments]
-        place = ranges(begin, begin + lengths)
-        where = Tokens(
-            document, place - starts[document], segments.tokens, place, starts[document], starts[document + 1]
+    texts, owner = [list(dict.fromkeys(own)) for own in given], dict[str, str]()
+    for name, own in zip(names, texts, strict=True):
+        if (text := next((text for text in own if text in owner), None)) is not None:
+            shown = text if len(text) <= 60 else f"{text[:59]}…"
+            raise ValueError(f"a text stands in {owner[text]} and in {name}, take it out of one of them: {shown!r}")
+        owner |= dict.fromkeys(own, name)
+    if few := [name for name, own in zip(names, texts, strict=True) if len(own) < 2]:
+        raise ValueError(
+            f"{', '.join(few)}: fewer than two different texts; one half chooses the features, the other judges them"
         )
-        for i, layer in enumerate(saes):
-            own = output.norms[i].reshape(-1)[real]
-            keep = own <= thresholds[layer]
-            values, indices = (array.reshape(-1, array.shape[-1])[real] for array in output.codes[i])
-            add_contexts(contexts[layer], np.where(keep[:, None], values, 0), indices, where)
-            parts[layer].append(pool_tokens(values[keep], indices[keep], document[keep], len(documents)))
-            norms[layer].append(own[keep])
-            sinks[layer] += int((~keep).sum())
-        if progress is not None:
-            progress(texts=int((begin == starts[segments.document[batch.segments]]).sum()), tokens=len(real))
-    medians = {layer: float(np.median(np.concatenate(own))) for layer, own in norms.items()}
-    return PooledTexts({n: join_pooled(own) for n, own in parts.items()}, medians, sinks, thresholds, contexts)
+    return texts
+
+
+def _reach(table: Mapping[int, tuple[np.ndarray, Contrast, np.ndarray]], permutations: int, differ: int) -> Reach:
+    p = np.concatenate([np.zeros(0), *(chosen.p for _, chosen, _ in table.values())])
+    least, number = 1 / (permutations + 1), len(p)
+    return Reach(
+        number, least, int((p <= least).sum()), min(1.0, number * least), math.floor(number * least / ALPHA) + 1,
+        math.floor(number / ALPHA), differ,
+    )  # fmt: skip
 
 
 class _Judge(NamedTuple):
@@ -263,9 +251,3 @@ def _best(
         )
         for i, (place, feature) in enumerate(zip(places, features, strict=True))
     ]
-
-
-def _share(sae: Sae, features: np.ndarray, median_norm: float) -> np.ndarray:
-    """What an activation of 1 adds to the residual stream, in median norms of the layer."""
-    rows = np.asarray(sae.params.w_dec[features], np.float32)
-    return np.linalg.norm(rows, axis=-1) / median_norm

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 from qscope_kernels.sparse_decode import sparse_decode
 from qscope_kernels.sparse_decode.sharded import sparse_decode_sharded
@@ -125,6 +126,22 @@ def decode(sae: Sae, code: SparseCode, *, impl: str | None = None) -> Float[Arra
         _check_count(values, mesh)
         x_hat = sparse_decode_sharded(values, indices, p.w_dec, mesh=mesh, **_MESH_AXES, impl=impl)
     return x_hat + p.b_dec.astype(jnp.float32)
+
+
+def without_decoder(sae: Sae) -> Sae:
+    """The SAE for `encode` alone: `w_dec` has no rows, which is half of the memory."""
+    return sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0]))
+
+
+def row_norms_of(sae: Sae) -> np.ndarray:
+    """|decoder row| of every feature, float32 [f].
+
+    Raises:
+      ValueError: the SAE is without its decoder.
+    """
+    if sae.params.w_dec.shape[0] != sae.config.d_sae:
+        raise ValueError(f"layer {sae.config.layer}: an SAE without its decoder; give the norms of its rows beside it")
+    return np.asarray(jnp.linalg.norm(sae.params.w_dec.astype(jnp.float32), axis=-1))
 
 
 def to_dense(code: SparseCode, d_sae: int) -> Float[Array, "*n f"]:

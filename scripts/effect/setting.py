@@ -13,8 +13,8 @@ from qscope_jax.analysis.text import distinct_ngrams, script_share
 from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.data.batches import Buckets
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
-from qscope_jax.features.discovery import pool_texts
 from qscope_jax.features.files import load_statistics
+from qscope_jax.features.pooled import pool_texts
 from qscope_jax.generation import generate, pad_left
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae

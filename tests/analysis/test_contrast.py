@@ -8,6 +8,7 @@ from scipy.stats import kstest
 
 from qscope_jax.analysis import contrast as module
 from qscope_jax.analysis.contrast import (
+    Pooled,
     active_features,
     choose_documents,
     contrast,
@@ -15,6 +16,7 @@ from qscope_jax.analysis.contrast import (
     false_discovery_rates,
     halves,
     join_pooled,
+    labellings,
     pool_tokens,
 )
 from qscope_jax.analysis.features import auroc, monolinguality
@@ -143,3 +145,18 @@ def test_one_sided_sets_are_refused():
         contrast(pooled, np.zeros(24, int), np.arange(F))
     with pytest.raises(ValueError, match="group 1 has 1 document"):
         halves(np.array([0, 0, 1]))
+
+
+@pytest.mark.parametrize(("sizes", "by"), [((2, 2), "difference"), ((2, 1, 1), "difference"), ((1, 2, 1), "auroc")])
+def test_labellings_that_can_differ_are_counted(sizes, by):
+    """By trying all of them: labellings that differ give documents unlike in everything different scores."""
+    groups, n = np.repeat(np.arange(len(sizes)), sizes), sum(sizes)
+    total = np.array([1.0, 3.1, 7.3, 17.7])
+    tokens = np.array([2, 3, 5, 7])
+    pooled = Pooled(tokens, np.zeros(n, np.int32), np.arange(n, dtype=np.int32), total, total, np.ones(n, np.int32))
+    scores = set()
+    for order in itertools.permutations(range(n)):
+        labels = groups[list(order)]
+        score = contrast(pooled, labels, np.array([0])).score[0] if by == "difference" else tuple(labels == 0)
+        scores.add(np.round(score, 9) if by == "difference" else score)
+    assert labellings(groups, by) == len(scores)

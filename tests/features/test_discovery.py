@@ -1,5 +1,6 @@
 """Discovery equals the contrast of what extraction gives, and its halves never mix."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,9 +13,11 @@ from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.batches import Buckets
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
 from qscope_jax.extract import extract_documents, make_extract_step
-from qscope_jax.features.discovery import discover, pool_texts
+from qscope_jax.features.discovery import discover
+from qscope_jax.features.pooled import pool_texts
 from qscope_jax.mesh import make_mesh
 from qscope_jax.sae.formats import load_saes
+from qscope_jax.sae.model import row_norms_of, without_decoder
 
 WORDS = {"positive": "fox jumps over the lazy dog", "one": "Übung macht den Meister", "two": "習慣 成 自然"}
 
@@ -29,7 +32,8 @@ def parts(tiny_release):
 @pytest.fixture(scope="module")
 def sets():
     rng = np.random.default_rng(0)
-    texts = {name: [" ".join(rng.choice(line.split(), 6)) for _ in range(12)] for name, line in WORDS.items()}
+    texts = {name: [" ".join(rng.choice(line.split(), 9)) for _ in range(12)] for name, line in WORDS.items()}
+    assert all(len(set(own)) == 12 for own in texts.values())
     return texts.pop("positive"), texts
 
 
@@ -104,6 +108,66 @@ def test_the_rate_of_false_discoveries_spans_all_layers(found):
     assert any(row.found for row in found.profile)  # each set has words of its own
 
 
+def test_a_text_given_twice_counts_once(parts, sets, found):
+    """Else it would stand in the half that chooses and in the half that judges."""
+    backbone, saes, encoder, step = parts
+    twice = [text for text in sets[0] for _ in range(2)], {**sets[1], "one": [*sets[1]["one"], *sets[1]["one"][:3]]}
+    other = discover(backbone, saes, encoder, *twice, step=step, top=7, permutations=2000, batch_tokens=256)
+    assert other.features == found.features
+    assert other.documents == found.documents == {"positive": 12, "one": 12, "two": 12}
+    assert other.duplicates == {"positive": 12, "one": 3, "two": 0}
+    assert found.duplicates == {"positive": 0, "one": 0, "two": 0}
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "message"),
+    [
+        (["a" * 99, "b"], {"c": ["d", "a" * 99]}, r"stands in positive and in c, .*: 'a{59}…'"),
+        (["a", "b"], {"c": ["d", "e"], "f": ["e", "g"]}, "stands in c and in f, .*: 'e'"),
+    ],
+)
+def test_a_text_of_two_sets_is_refused(parts, positive, negative, message):
+    with pytest.raises(ValueError, match=message):
+        discover(*parts[:3], positive, negative, step=parts[3])
+
+
+def test_encoders_and_the_norms_of_decoder_rows_are_enough(parts, sets, found):
+    backbone, saes, encoder, _ = parts
+    light = {n: without_decoder(sae) for n, sae in saes.items()}
+    norms = {n: row_norms_of(sae) for n, sae in saes.items()}
+    other = discover(backbone, light, encoder, *sets, row_norms=norms, top=7, permutations=2000, batch_tokens=256)
+    assert other.features == found.features
+    assert all(not sae.params.w_dec.size for sae in light.values())
+    with pytest.raises(ValueError, match="without its decoder"):
+        discover(backbone, light, encoder, *sets)
+
+
+def test_tokens_are_the_same_for_all_layers_sinks_are_not(parts, sets):
+    backbone, saes, encoder, step = parts
+    median = pool_texts(backbone, saes, encoder(sets[0]), Buckets(256, 64), step=step).median_norms[0]
+    config = dataclasses.replace(saes[0].config, sink_threshold=median)
+    cut = {**saes, 0: saes[0]._replace(config=config)}
+    other = discover(backbone, cut, encoder, *sets, permutations=0, batch_tokens=256)
+    assert other.tokens["positive"] == sum(map(len, encoder(sets[0])))
+    assert other.sinks[0] > 0 == other.sinks[1]
+
+
+def test_how_low_q_can_come(parts, sets, found):
+    """q of one feature alone is its p times the number of features; Benjamini and Hochberg share it among equals."""
+    backbone, saes, encoder, step = parts
+    active = sum(row.active for row in found.profile)
+    for permutations in (9, 199):
+        options = {"permutations": permutations, "batch_tokens": 256}
+        other = discover(backbone, saes, encoder, *sets, step=step, top=1, **options).reach
+        assert other[:2] == (active, 1 / (permutations + 1))
+        assert other.smallest_q == min(1, active / (permutations + 1))
+        for together, significant in ((other.together, other.together <= active), (other.together - 1, False)):
+            p = np.where(np.arange(active) < together, other.smallest_p, 1)
+            assert bool(false_discovery_rates([p])[0].min() < 0.05) is significant
+    alone = [np.r_[1 / (other.permutations + extra), np.ones(active - 1)] for extra in (0, 1)]
+    assert [bool(false_discovery_rates([p])[0].min() < 0.05) for p in alone] == [False, True]
+
+
 def test_other_statistics_rank_by_themselves(parts, sets):
     backbone, saes, encoder, step = parts
     for by in ("rate", "auroc"):
@@ -139,8 +203,9 @@ def test_sinks_are_left_out(parts, sets):
 @pytest.mark.parametrize(
     ("positive", "negative", "message"),
     [
-        (["a"], {"b": ["c", "d"]}, "positive: fewer than two texts"),
-        (["a", "b"], {"b": ["c"]}, "b: fewer than two texts"),
+        (["a"], {"b": ["c", "d"]}, "positive: fewer than two different texts"),
+        (["a", "b"], {"b": ["c"]}, "b: fewer than two different texts"),
+        (["a", "a"], {"b": ["c", "d"]}, "positive: fewer than two different texts"),
         (["a", ""], {"b": ["c", "d"]}, "text 1 .* no tokens"),
     ],
 )
@@ -151,7 +216,7 @@ def test_too_few_texts_are_refused(parts, positive, negative, message):
 
 def test_an_id_beyond_the_vocabulary_is_refused(parts):
     with pytest.raises(ValueError, match="320"):  # D7
-        discover(*parts[:2], lambda texts: [np.array([1, 400])] * len(texts), ["a"] * 2, {"b": ["c"] * 2})
+        discover(*parts[:2], lambda texts: [np.array([1, 400])] * len(texts), ["a", "b"], {"c": ["d", "e"]})
 
 
 @pytest.mark.slow
