@@ -13,8 +13,8 @@ import numpy as np
 from qscope_jax.analysis.diagnosis import Loop, character_spans, covering, loop_ends, rise, tail_loop
 from qscope_jax.analysis.text import has_script
 from qscope_jax.backbone.weights import Backbone
-from qscope_jax.extract import DocumentCodes, extract_documents
-from qscope_jax.sae.model import Sae
+from qscope_jax.extract import DocumentCodes, ExtractStep, extract_documents
+from qscope_jax.sae.model import Sae, row_norms_of
 from qscope_jax.sae.quality import sink_threshold
 from qscope_jax.steering.positions import parse_positions
 
@@ -98,44 +98,64 @@ def judge_answer(
 
 
 def find_suspects(
-    backbone: Backbone, saes: Mapping[int, Sae], answers: Sequence[Answer], *, top: int = 10
+    backbone: Backbone,
+    saes: Mapping[int, Sae],
+    answers: Sequence[Answer],
+    *,
+    top: int = 10,
+    step: ExtractStep | None = None,
+    row_norms: Mapping[int, np.ndarray] | None = None,
 ) -> tuple[dict[int, list[Suspect]], list[DocumentCodes]]:
     """The `top` features of every layer that rise most over all answers together, and the answers' codes.
 
-    Sinks do not count: tokens above the SAE's threshold, or ten times these answers' median norm where it has none.
+    Sinks do not count: tokens above the SAE's threshold, or ten times these answers' median norm where it has none. In
+    a loop neither occurrence of a token counts if one of them is a sink.
 
     Args:
       backbone: the model.
-      saes: per layer, with their decoders.
+      saes: per layer; with their decoders, unless `row_norms` are given.
       answers: from `judge_answer`; none longer than the model's context.
       top: how many.
+      step: a step to use again, made for the same model and layers.
+      row_norms: per layer |decoder row| [f], for SAEs without decoders.
 
     Raises:
       ValueError: no answer, SAEs that do not fit the model, or only sinks among the tokens in question.
     """
     if not answers:
         raise ValueError("there is no answer with anything wrong in it")
+    rows = row_norms or {layer: row_norms_of(sae) for layer, sae in saes.items()}
     longest = max(len(answer.ids) for answer in answers)
     documents = extract_documents(
-        backbone, saes, [a.ids for a in answers], batch_tokens=max(4096, longest), max_length=longest
+        backbone, saes, [a.ids for a in answers], batch_tokens=max(4096, longest), max_length=longest, step=step
     )
-    begins = np.cumsum([0, *(len(answer.ids) for answer in answers)])[:-1]
-    wrong = np.concatenate([begin + answer.wrong for begin, answer in zip(begins, answers, strict=True)])
-    others = np.concatenate([begin + answer.others for begin, answer in zip(begins, answers, strict=True)])
     found = {}
     for layer, sae in saes.items():
         values, indices = (np.concatenate([d.codes[layer][i] for d in documents]) for i in range(2))
         norms = np.concatenate([d.norms[layer] for d in documents])
         fine = norms <= (sae.config.sink_threshold or sink_threshold(norms))
-        own = rise(values, indices, wrong[fine[wrong]], others[fine[others]], sae.config.d_sae)
+        own = rise(values, indices, *_compared(answers, fine), sae.config.d_sae)
         order = np.argsort(-own.difference, kind="stable")[:top]
         order = order[own.difference[order] > 0]
-        rows = np.linalg.norm(np.asarray(sae.params.w_dec[order], np.float32), axis=-1)
-        scores = own.difference[order] * rows / np.median(norms)
+        scores = own.difference[order] * rows[layer][order] / np.median(norms)
         columns = (scores, *(column[order] for column in (own.difference, *own)))
         facts = zip(order.tolist(), *(column.tolist() for column in columns), strict=True)
         found[layer] = [Suspect(layer, f, s, d, m, o, r, q) for f, s, d, m, r, o, q in facts]
     return found, documents
+
+
+def _compared(answers: Sequence[Answer], fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens in question and the others that are `fine` [n], numbered over all answers; a loop's come in pairs."""
+    wrong, others, begin = list[np.ndarray](), list[np.ndarray](), 0
+    for answer in answers:
+        own, other = begin + answer.wrong, begin + answer.others
+        kept, kept_others = fine[own], fine[other]
+        if answer.loop is not None:
+            kept = kept_others = kept & kept_others
+        wrong.append(own[kept])
+        others.append(other[kept_others])
+        begin += len(answer.ids)
+    return np.concatenate(wrong), np.concatenate(others)
 
 
 def _wrong_characters(complaint: Complaint, text: str) -> list[tuple[int, int]]:
