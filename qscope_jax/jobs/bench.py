@@ -19,13 +19,15 @@ from qscope_jax.benchmarks.paired import FEWEST
 from qscope_jax.benchmarks.rows import Row, Setting, markdown, setting_of
 from qscope_jax.benchmarks.sparse import bench_decode, bench_encode, bench_gradient, check_impl
 from qscope_jax.benchmarks.statistics import bench_statistics
+from qscope_jax.benchmarks.steer import bench_steer
 from qscope_jax.benchmarks.step import bench_step
 from qscope_jax.benchmarks.train import bench_train
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.jobs.run import Run, versions
 
 Sparse = Literal["ceilings", "encode", "decode", "gradient", "step", "end_to_end"]
-What = Literal["forward", "generate", "prefill", "moe", "compile", "extract", "statistics", "train", "load", Sparse]
+Whole = Literal["forward", "generate", "steer", "prefill", "moe", "compile", "extract", "statistics", "train", "load"]
+What = Literal[Whole, Sparse]
 
 _SPARSE: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_ceilings,
@@ -43,11 +45,11 @@ class Config:
     """Measure speed and memory on this machine, as ratios within one run."""
 
     what: tuple[What, ...] = get_args(What)
-    """`forward` and `generate` against transformers (need torch), `prefill` of linear against full attention, `moe` of
-    128 experts against 16, `compile` of 64 layers against 8, `extract` and `train` against their own arithmetic,
-    `statistics` against extraction, `load` for peak memory; the sparse operations: `encode` over the bare matmul,
-    `decode`, `gradient` and a training `step` over dense ones, `end_to_end`: forward and encode over forward, and
-    `ceilings`: what this device reaches."""
+    """`forward` and `generate` against transformers (need torch), `steer` against not steering, `prefill` of linear
+    against full attention, `moe` of 128 experts against 16, `compile` of 64 layers against 8, `extract` and `train`
+    against their own arithmetic, `statistics` against extraction, `load` for peak memory; the sparse operations:
+    `encode` over the bare matmul, `decode`, `gradient` and a training `step` over dense ones, `end_to_end`: forward and
+    encode over forward, and `ceilings`: what this device reaches."""
     rounds: int = 20
     """Pairs per ratio; fewer where one takes minutes."""
     cases: tuple[str, ...] = ()
@@ -83,6 +85,7 @@ def run(config: Config) -> None:
     benchmarks = {
         "forward": lambda: bench_forward(rounds=config.rounds),
         "generate": lambda: bench_generate(rounds=config.rounds),
+        "steer": lambda: bench_steer(rounds=config.rounds),
         "prefill": lambda: bench_prefill(rounds=config.rounds),
         "moe": lambda: bench_moe(rounds=config.rounds),
         "compile": lambda: bench_compile(rounds=config.rounds),
@@ -101,7 +104,7 @@ def run(config: Config) -> None:
                     print("\n".join(markdown([row])[2 if len(results[name]) > 1 else 0 :]), flush=True)
                     _write(job.out, results)
                     if job.stopping:
-                        raise job.interrupted(f"{len(results[name])} ratios of {name} are measured")
+                        raise job.interrupted(f"{len(results[name])} ratios of {name} are measured", resumes=False)
             else:
                 results[name] = benchmarks[name]()
                 print("\n".join(table(name, results[name])), flush=True)
