@@ -37,16 +37,16 @@ from qscope_jax.files.atomic import write_json
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.files.tensors import open_tensors, write_tensors
+from qscope_jax.jobs.opened import batch_positions, chosen_layers
 from qscope_jax.jobs.places import local_mesh, model_files, model_name, parse_mesh
 from qscope_jax.jobs.run import Run, devices, plain, say
 from qscope_jax.mesh import to_host
-from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+from qscope_jax.sae.formats import load_saes, open_sae
 from qscope_jax.sae.formats.facts import settle
 from qscope_jax.sae.model import Sae, SaeConfig
 
 _PART_ROWS, _PART_BYTES = 32_768, 4 << 20
 _MAX_LENGTH = 4096
-_BATCH_TOKENS = {True: 4096, False: 16_384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _open(config: Config) -> Opened:
     mesh = local_mesh(config.mesh)
     model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
     constants = read_config(model.fetch("config.json"))
-    opened = {layer: open_sae(sae, layer) for layer in _layers(config, sae)}
+    opened = {layer: open_sae(sae, layer) for layer in chosen_layers(config.layers, sae)}
     known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
     step = make_eval_step(constants, known)
     tokenizer = load_tokenizer(model)
@@ -207,19 +207,10 @@ def _open_text(config: Config, encoder: Encoder, constants: ModelConfig) -> Text
     if not len(corpus):
         raise ValueError(f"{', '.join(config.data)}: no rows; every file is empty")
     data, _ = parse_mesh(config.mesh)
-    positions = config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"]
+    positions = batch_positions(config.batch_tokens, data)
     ranges = corpus.parts(rows=_PART_ROWS, size=_PART_BYTES)
     buckets = Buckets(positions, longest, per_octave=1, multiple=data)  # each shape is compiled three times
     return Text(corpus, Parts(corpus, ranges, encoder, constants.vocab_size), buckets)
-
-
-def _layers(config: Config, sae: Source) -> tuple[int, ...]:
-    layers = tuple(sorted(config.layers)) or layers_of(sae)
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"--layers {' '.join(map(str, config.layers))}: a layer is named twice")
-    if not layers:
-        raise ValueError(f"{sae}: no file is called like layer3.sae.pt; name the folder of SAEs, or give --layers")
-    return layers
 
 
 def _whose(model: Source, saes: Mapping[int, SaeConfig]) -> dict[str, Any]:

@@ -28,21 +28,20 @@ from qscope_jax.extract import check_sae, make_extract_step, measure_sinks
 from qscope_jax.extract_folder import Loaded, Target, buckets_of, count_parts, finished_parts, make_parts
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.opened import ARITHMETIC, batch_positions
 from qscope_jax.jobs.places import join_processes, local_mesh, meet, model_files, parse_mesh
 from qscope_jax.jobs.run import Interrupted, Run, check_local, devices, plain, say
 from qscope_jax.mesh import partition
 from qscope_jax.sae.formats import layers_of, load_sae, open_sae
 from qscope_jax.sae.formats.facts import settle
-from qscope_jax.sae.model import AXES, Contract, Sae
+from qscope_jax.sae.model import AXES, without_decoder
 
 _MAX_LENGTH = 4096
-_BATCH_TOKENS = {True: 4096, False: 16_384}
 _PER_OCTAVE = ((1 << 20, 1), (1 << 22, 2), (math.inf, 4))  # bytes of input, bucket lengths per octave
 _NO_SETTINGS = (  # options that do not decide what the files hold, or that `store.json` says in another way
     *("data", "model", "sae", "layers", "out", "k", "keep", "on_error", "features", "values"),
     *("shard", "mesh", "coordinator", "processes", "process"),
 )
-_ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _settings(
             "features": None if config.features is None else read_features(config.features, widths),
             "values": config.values or ("float32" if config.precision == "parity" else "bfloat16"),
             "max_length": longest,
-            "batch_tokens": config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"],
+            "batch_tokens": batch_positions(config.batch_tokens, data),
             # A shape costs a compilation, which a small corpus never earns back in padding.
             "plan": PLAN,
             "per_octave": next(n for limit, n in _PER_OCTAVE if corpus.bytes < limit),
@@ -299,20 +298,15 @@ def _corpus(config: Config, layers: tuple[int, ...]) -> Corpus:
 
 
 def _load(config: Config, sources: Sources) -> Loaded:
-    dtype, contract = _ARITHMETIC[config.precision]
+    dtype, contract = ARITHMETIC[config.precision]
     backbone = load_backbone(sources.model, dtype=dtype, mesh=sources.mesh)
     options: Any = {"k": config.k, "dtype": dtype, "mesh": sources.mesh}
-    saes = tuple(_encoder(load_sae(sources.sae, layer, **options)) for layer in sources.shapes)
+    saes = tuple(without_decoder(load_sae(sources.sae, layer, **options)) for layer in sources.shapes)
     for path, stamp in sources.stamps.items():
         if _stamp(path) != stamp:
             raise ValueError(f"{path} was replaced while this command began; run it again")
     step = make_extract_step(backbone.config, tuple(sources.shapes), contract=contract)
     return Loaded(backbone.params, saes, step)
-
-
-def _encoder(sae: Sae) -> Sae:
-    """The SAE without its decoder: half of its memory, which encoding never reads."""
-    return sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0]))
 
 
 def _measured(config: Config, sources: Sources, loaded: Loaded, info: dict[str, Any]) -> dict[str, Any]:

@@ -13,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from qscope_jax.analysis.statistics import QUANTILE_ERROR, LayerStatistics, summarize_tally
-from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data import store_files
 from qscope_jax.data.documents import Part, Parts, read_ahead
 from qscope_jax.data.store import FeatureStore
 from qscope_jax.data.tokenizer import load_tokenizer, tokenizer_hash
-from qscope_jax.extract import make_extract_step, measure_sinks
+from qscope_jax.extract import measure_sinks
 from qscope_jax.features.count import Counted, Watch, count_text, init_counted, make_fold_step
 from qscope_jax.features.count_store import check_store, count_store
 from qscope_jax.features.files import contexts_path, put_aside, save_statistics, table, take_up, write_contexts
 from qscope_jax.files.atomic import write_json
 from qscope_jax.jobs.features_config import Config, Opened, check_numbers, open_inputs
+from qscope_jax.jobs.opened import load
 from qscope_jax.jobs.run import Run, check_local, devices, plain
-from qscope_jax.sae.formats import load_sae
-from qscope_jax.sae.model import Contract
-
-_ARITHMETIC: dict[str, tuple[str, Contract]] = {"fast": ("bfloat16", "fast"), "parity": ("float32", "exact")}
 
 
 def run(config: Config) -> None:
@@ -50,24 +46,21 @@ def run(config: Config) -> None:
 
 
 def _build_from_text(config: Config, job: Run, opened: Opened) -> None:
-    dtype, contract = _ARITHMETIC[config.precision]
-    backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
-    options: Any = {"k": config.k, "dtype": dtype, "mesh": opened.mesh}
-    saes = tuple(_encoder(load_sae(opened.sae, layer, **options)) for layer in opened.saes)
-    step = make_extract_step(backbone.config, tuple(opened.saes), contract=contract)
-    documents = (ids for part in read_ahead(opened.parts) for ids in part.tokens)
+    (backbone, encoders, step), parts = load(opened.sources, config.precision), opened.parts
+    saes = tuple(encoders.saes.values())
+    documents = (ids for part in read_ahead(parts) for ids in part.tokens)
     thresholds = measure_sinks(step, backbone.params, saes, documents, opened.buckets)
     facts = {**opened.facts, "sink_thresholds": plain(thresholds)}
-    state, aside = _begin(config, job, opened.shapes, facts)
-    job.total = None if config.tokens else len(opened.parts.corpus)
+    state, aside = _begin(config, job, [sae.config.d_sae for sae in saes], facts)
+    job.total = None if config.tokens else len(parts.corpus)
     job.progress(rows=0, tokens=0, already=state.documents + state.bad)
-    parts = Parts(
-        opened.parts.corpus, opened.parts.ranges, opened.parts.encoder, opened.constants.vocab_size,
-        chosen=range(state.part, len(opened.parts.ranges)), on_error=config.on_error,
+    left = Parts(
+        parts.corpus, parts.ranges, parts.encoder, backbone.config.vocab_size,
+        chosen=range(state.part, len(parts.ranges)), on_error=config.on_error,
     )  # fmt: skip
     fold = make_fold_step()
     state, ended = count_text(
-        state, parts, opened.buckets, step, backbone.params, saes, [thresholds[n] for n in opened.saes],
+        state, left, opened.buckets, step, backbone.params, saes, [thresholds[n] for n in opened.saes],
         watch=_watch(config, job, facts), tokens=config.tokens, fold=fold,
     )  # fmt: skip
     _stop_unless(ended, job, aside, state, facts)
@@ -76,8 +69,8 @@ def _build_from_text(config: Config, job: Run, opened: Opened) -> None:
         layer: summarize_tally(total, sink_threshold=thresholds[layer], sae=sha)
         for (layer, sha), total in zip(opened.saes.items(), state.totals, strict=True)
     }
-    tokenizer, corpus = load_tokenizer(opened.model), opened.parts.corpus
-    _write(config, job, facts, found, state, tokenizer, lambda number: "{}:{}".format(*corpus.place(number)))
+    name = lambda number: "{}:{}".format(*parts.corpus.place(number))  # noqa: E731
+    _write(config, job, facts, found, state, opened.sources.tokenizer, name)
     job.record(compilations=step.compilations, device=devices())
     aside.unlink(missing_ok=True)
 
@@ -111,11 +104,6 @@ def _build_from_store(config: Config, job: Run, store: FeatureStore) -> None:
     ids = store.documents().column("id")
     _write(config, job, facts, found, state, tokenizer, lambda number: ids[number].as_py())
     aside.unlink(missing_ok=True)
-
-
-def _encoder(sae):
-    """The SAE without its decoder: half of its memory, which encoding never reads."""
-    return sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0]))
 
 
 def _begin(config: Config, job: Run, shapes: Sequence[int], facts: dict[str, Any]) -> tuple[Counted, Path]:

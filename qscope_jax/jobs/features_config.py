@@ -4,25 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import tyro
-from jax.sharding import Mesh
 
-from qscope_jax.backbone.config import ModelConfig, read_config
 from qscope_jax.data.batches import PLAN, Buckets
 from qscope_jax.data.documents import Parts
 from qscope_jax.data.text import Fields, open_corpus
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
-from qscope_jax.extract import check_sae
-from qscope_jax.files.hashes import hash_files
-from qscope_jax.files.source import Source, resolve
-from qscope_jax.jobs.places import local_mesh, model_files, parse_mesh
+from qscope_jax.data.tokenizer import make_encoder
+from qscope_jax.jobs.opened import Precision, Sources, batch_positions, open_sources
+from qscope_jax.jobs.places import parse_mesh
 from qscope_jax.jobs.run import plain, say
-from qscope_jax.sae.formats import layers_of, open_sae
-from qscope_jax.sae.formats.facts import settle
 
 _MAX_LENGTH = 4096
-_BATCH_TOKENS = {True: 4096, False: 16_384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,7 @@ class Config:
     """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere, times DATA of the mesh."""
     mesh: str = "1x1"
     """DATAxMODEL: split rows over DATA and weights over MODEL of this process's devices."""
-    precision: Literal["fast", "parity"] = "fast"
+    precision: Precision = "fast"
     """bfloat16, or the float32 arithmetic of the release's demo."""
     part_rows: int = 32_768
     """Rows per part, at most."""
@@ -79,17 +71,13 @@ class Config:
 class Opened(NamedTuple):
     """What a run reads, opened but not loaded.
 
-    `saes` maps layers to the hashes of their files, `shapes` are their widths; `facts` decide every number.
+    `saes` maps layers to the hashes of their files; `facts` decide every number.
     """
 
-    model: Source
-    sae: Source
+    sources: Sources
     saes: dict[int, str]
-    shapes: tuple[int, ...]
     parts: Parts
     buckets: Buckets
-    constants: ModelConfig
-    mesh: Mesh | None
     facts: dict[str, Any]
 
 
@@ -112,18 +100,8 @@ def open_inputs(config: Config) -> Opened:
     Raises:
       ValueError, OSError: what does not fit, or cannot be had.
     """
-    mesh = local_mesh(config.mesh)
-    model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-    constants = read_config(model.fetch("config.json"))
-    layers = tuple(sorted(config.layers)) or layers_of(sae)
-    if len(set(layers)) != len(layers) or not layers:
-        raise ValueError(f"{sae}: layers {layers}: expected different layers; name them with --layers")
-    opened = {layer: open_sae(sae, layer) for layer in layers}
-    known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
-    for layer, one in known.items():
-        check_sae(constants, layer, one)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, constants.vocab_size)
+    sources = open_sources(config)
+    constants, tokenizer = sources.constants, sources.tokenizer
     longest = config.max_length or min(constants.max_position_embeddings, _MAX_LENGTH)
     if longest > constants.max_position_embeddings:
         raise ValueError(f"--max-length {longest}: the model's context is {constants.max_position_embeddings} tokens")
@@ -133,18 +111,18 @@ def open_inputs(config: Config) -> Opened:
     if not len(corpus):
         raise ValueError(f"{', '.join(config.data)}: no rows; every file is empty")
     data, _ = parse_mesh(config.mesh)
-    positions = config.batch_tokens or data * _BATCH_TOKENS[jax.default_backend() == "cpu"]
-    buckets = Buckets(positions, longest, per_octave=1, multiple=data)
+    buckets = Buckets(batch_positions(config.batch_tokens, data), longest, per_octave=1, multiple=data)
     ranges = corpus.parts(rows=config.part_rows, size=config.part_bytes)
     parts = Parts(corpus, ranges, make_encoder(tokenizer), constants.vocab_size)
-    files = hash_files(o.path for o in opened.values())
-    hashes = {n: next(sha for name, sha in files.items() if str(o.path).endswith(name)) for n, o in opened.items()}
+    files = sources.hashes()
+    hashes = {n: next(sha for name, sha in files["sae"].items() if str(path).endswith(name))
+              for n, path in sources.files.items()}  # fmt: skip
     settings = ("contexts", "tokens", "text_field", "document", "precision", "part_rows", "part_bytes", "mesh")
     facts = {
-        "model": {"name": model.name, "files": hash_files(model_files(model))},
-        "sae": {"name": sae.name, "files": files, "k": {layer: one.k for layer, one in known.items()}},
+        "model": {"name": sources.model.name, "files": files["model"]},
+        "sae": {"name": sources.sae.name, "files": files["sae"], "k": {n: one.k for n, one in sources.saes.items()}},
         "data": corpus.fingerprint(),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": files["tokenizer"],
         "settings": {
             **{name: getattr(config, name) for name in settings},
             "max_length": longest,
@@ -152,5 +130,4 @@ def open_inputs(config: Config) -> Opened:
             "plan": PLAN,
         },
     }
-    shapes = tuple(one.d_sae for one in known.values())
-    return Opened(model, sae, hashes, shapes, parts, buckets, constants, mesh, plain(facts))
+    return Opened(sources, hashes, parts, buckets, plain(facts))

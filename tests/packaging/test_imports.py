@@ -146,6 +146,7 @@ def test_no_circles_between_components():
 _SHARED = {
     "run",
     "places",
+    "opened",
     "progress",
     "recipes",
     "generate_inputs",
