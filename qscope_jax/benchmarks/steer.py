@@ -1,4 +1,4 @@
-"""What steering costs a model of Qwen3-1.7B's width that writes: 4 layers, float32, greedy, one row; paired with itself.
+"""What steering costs a writing model of Qwen3-1.7B's width: 4 layers, float32, greedy, one row; paired with itself.
 
 `add` needs a direction; `clamp` reads one SAE of 32,768 latents for every token, which by bytes read is
 |w_enc| / |weights of the model| of its time.
