@@ -16,6 +16,7 @@ from qscope_jax.data.chat import encode_chat
 from qscope_jax.data.text import BadRow, Document, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae
+from qscope_jax.features.files import check_statistics
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.generation import GenerateOutput
@@ -56,11 +57,11 @@ class Opened(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """The tap of all entries (None without any), what they are, and the SHA-256 of the SAE of each of their layers."""
+    """The tap of all entries (None without any), what they are, and SHA-256 and k of the SAE of each layer."""
 
     tap: Tap | None
     facts: list[dict[str, Any]]
-    saes: dict[str, str]
+    saes: dict[str, dict[str, Any]]
 
     def applied(self, out: GenerateOutput, row: int, tokens: int) -> dict[str, Any]:
         """What was done in one row, of which `tokens` generated ones were kept: the last of them was never read."""
@@ -92,13 +93,15 @@ def load_steering(config: Any, opened: Opened) -> Steering:
             return Steering(None, [], {})
     source = resolve(config.sae, what="sae")
     stats = load_stats(config, source)
-    entries = chosen_entries(config, opened.model, source, stats)
+    entries = chosen_entries(config, opened.model, source, stats, k=config.k)
     saes = load_needed(entries, source, config.k, mesh=opened.mesh)
+    check_statistics(stats, source, saes)
     for layer, sae in saes.items():
         check_sae(opened.constants, layer, sae.config)
     tap = steer(entries, saes, stats=stats, num_layers=opened.constants.num_layers)
-    hashes = {str(layer): digest for layer, digest in bind(opened.model, source, tuple(saes)).saes.items()}
-    return Steering(tap, describe(entries, saes, stats=stats), hashes)
+    hashes = bind(opened.model, source, tuple(saes), k=config.k).saes
+    used = {str(layer): {"sha256": hashes[layer], "k": sae.config.k} for layer, sae in saes.items()}
+    return Steering(tap, describe(entries, saes, stats=stats), used)
 
 
 def open_inputs(config: Any) -> Opened:

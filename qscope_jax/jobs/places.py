@@ -14,6 +14,7 @@ from qscope_jax.files.source import Source
 from qscope_jax.jobs.run import say
 from qscope_jax.mesh import finish_together, make_mesh, start_distributed
 from qscope_jax.sae.formats import open_sae
+from qscope_jax.sae.formats.facts import settle
 from qscope_jax.steering.files import Bound, combine_hashes
 
 
@@ -96,11 +97,15 @@ def model_name(model: Source) -> str:
     return model.spec.removeprefix("hf://").split("@")[0] if model.kind == "hub" else model.name
 
 
-def bind(model: Source, sae: Source, layers: tuple[int, ...]) -> Bound:
+def bind(model: Source, sae: Source, layers: tuple[int, ...], *, k: int | None = None) -> Bound:
     """What recipes for this model and the SAEs of these layers are bound to; fetches their files, reads no weights.
 
+    `k` overrules what the SAEs say, as in `load_sae`.
+
     Raises:
-      FormatError, SourceError: see `open_sae`.
+      FormatError, SourceError: see `load_sae`.
     """
-    saes = {layer: next(iter(hash_files([open_sae(sae, layer).path]).values())) for layer in layers}
-    return Bound(combine_hashes(hash_files(model_files(model))), saes, model_name(model), sae.name)
+    opened = {layer: open_sae(sae, layer) for layer in layers}
+    saes = {layer: next(iter(hash_files([one.path]).values())) for layer, one in opened.items()}
+    settled = {layer: settle(str(one.path), one.facts, k=k).k for layer, one in opened.items()}
+    return Bound(combine_hashes(hash_files(model_files(model))), saes, settled, model_name(model), sae.name)

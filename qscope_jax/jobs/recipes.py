@@ -40,14 +40,16 @@ class SteerOptions:
     """What `qscope features build` made; by default what stands beside the SAEs."""
 
 
-def chosen_entries(options: SteerOptions, model: Source, sae: Source, stats: Stats | None) -> list[Steer]:
-    """The entries that the options name, of all recipe files and then of --feature.
+def chosen_entries(
+    options: SteerOptions, model: Source, sae: Source, stats: Stats | None, *, k: int | None
+) -> list[Steer]:
+    """The entries that the options name, of all recipe files and then of --feature; `k` overrules that of the SAEs.
 
     Raises:
-      FormatError: a recipe file that is damaged, or made for another model or SAE.
+      FormatError: a recipe file that is damaged or empty, or made for another model, SAE or k.
       ValueError: an option that does not fit, named.
     """
-    entries = [entry for path in options.steer for entry in load_recipe(path, lambda n: bind(model, sae, n))]
+    entries = [entry for path in options.steer for entry in load_recipe(path, lambda n: bind(model, sae, n, k=k))]
     return entries + [_entry(options, *parse_feature(text), stats) for text in options.feature]
 
 

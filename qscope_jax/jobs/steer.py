@@ -110,7 +110,7 @@ def run(config: Config) -> None:
         write_json(job.out / "report.json", plain(trial.report(found, kept)))
         layers = tuple(sorted({entry.layer for entry in kept or () if entry.feature is not None}))
         if kept is not None:
-            save_recipe(job.out / "recipe.toml", kept, trial.saes, bind(model, source, layers), stats=stats)
+            save_recipe(job.out / "recipe.toml", kept, trial.saes, bind(model, source, layers, k=config.k), stats=stats)
         hashes = {"model": hash_files(model_files(model))}
         job.record(counts={"arms": len(found), "prompts": len(trial.prompts)}, hashes=hashes, device=devices())
     print(text)
@@ -139,12 +139,12 @@ def _entries(config: Config, backbone: Backbone, tokenizer: Any, model: Source, 
     if config.sweep:  # any strength: others take its place
         config = dataclasses.replace(config, strength=config.sweep[0])
     if config.concept is None:
-        return chosen_entries(config, model, source, stats)
+        return chosen_entries(config, model, source, stats, k=config.k)
     sets, encoder = text_sets(config.concept), make_encoder(tokenizer)
     saes = load_saes(source, config.layers or None, k=config.k)
     profile = discover(backbone, saes, encoder, sets.positive, sets.negative, permutations=100).profile
     names = tuple(f"{one.layer}:{one.best.feature}" for one in profile)
-    return chosen_entries(dataclasses.replace(config, feature=names), model, source, stats)
+    return chosen_entries(dataclasses.replace(config, feature=names), model, source, stats, k=config.k)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,17 +23,19 @@ from qscope_jax.steering.units import Stats
 
 FORMAT = "qscope-recipe-1"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Steer))
+_EMPTY = "there are no entries under `steer`: an empty recipe would leave everything unsteered"
 _HEAD = "# Applied is what `strength` and `units` say; `measured` is the same strength in other units, for readers.\n"
 
 
 class Bound(NamedTuple):
-    """What a recipe belongs to: SHA-256 of the model's files together, and of the file of every layer's SAE.
+    """What a recipe belongs to: SHA-256 of the model's files together, and of the file and the k of every layer's SAE.
 
-    Names are for people: hashes decide.
+    Names are for people: hashes and k decide, since with another k other features are active.
     """
 
     model: str
     saes: Mapping[int, str]
+    k: Mapping[int, int]
     model_name: str = ""
     sae_name: str = ""
 
@@ -50,23 +52,31 @@ def save_recipe(
     """Writes entries to a .toml or .json file, whole or not at all; directions go to a file beside it, before.
 
     Raises:
-      ValueError: another ending; `bound` lacks the SAE of a feature's layer; or see `describe`.
+      ValueError: another ending; no entries; `bound` lacks the SAE of a feature's layer, or says another k than the SAE
+        itself; or see `describe`.
     """
     path = Path(path)
     (entries,) = as_rows(entries)
+    if not entries:
+        raise ValueError(f"{path}: {_EMPTY}")
     if path.suffix not in _WRITERS:
         raise ValueError(f"{path}: a recipe's name ends in {' or '.join(_WRITERS)}")
     layers = sorted({entry.layer for entry in entries if entry.feature is not None})
     if missing := [layer for layer in layers if layer not in bound.saes]:
         raise ValueError(f"{path}: no hash was given for the SAEs of layers {missing}; a recipe is bound to them")
+    facts = describe(entries, saes, stats=stats)
+    for n in layers:
+        if saes[n].config.k != bound.k.get(n):
+            raise ValueError(f"{path}: the SAE of layer {n} has k = {saes[n].config.k}, `bound` says {bound.k.get(n)}")
     content: dict[str, Any] = {"format": FORMAT, "model": {"name": bound.model_name, "sha256": bound.model}}
-    content["sae"] = [{"layer": n, "name": bound.sae_name, "sha256": bound.saes[n]} for n in layers]
+    content["sae"] = [
+        {"layer": n, "name": bound.sae_name, "sha256": bound.saes[n], "k": saes[n].config.k} for n in layers
+    ]
     vectors = {f"direction{i}": entry.direction for i, entry in enumerate(entries) if entry.direction is not None}
     if vectors:
         beside = path.with_name(f"{path.stem}.directions.safetensors")
         write_tensors(beside, vectors)
         content["directions"] = {"file": beside.name, "sha256": _hash(beside)}
-    facts = describe(entries, saes, stats=stats)
     content["steer"] = [_as_table(i, entry, facts[i]) for i, entry in enumerate(entries)]
     write_text(path, _WRITERS[path.suffix](content))
     return path
@@ -77,10 +87,12 @@ def load_recipe(path: str | Path, bind: Callable[[tuple[int, ...]], Bound]) -> l
 
     Args:
       path: a .toml or .json file.
-      bind: gives the hashes of the model at hand and of its SAEs at the layers asked for; see `qscope_jax.jobs.places`.
+      bind: gives the hashes of the model at hand, and hashes and k of its SAEs at the layers asked for; see
+        `qscope_jax.jobs.places`.
 
     Raises:
-      FormatError: the file cannot be read, says what no recipe says, or belongs to another model, SAE or layer.
+      FormatError: the file cannot be read, is empty, says what no recipe says, or belongs to another model, SAE, k or
+        layer. Files of before k was written are read without.
     """
     path = Path(path)
     content = _read(path)
@@ -92,24 +104,32 @@ def load_recipe(path: str | Path, bind: Callable[[tuple[int, ...]], Bound]) -> l
         entries = [_from_table(f"steer[{i}]: ", table, vectors) for i, table in _tables(content, "steer")]
         as_rows(entries)
         _check_bound(content, entries, bind(tuple(sorted({e.layer for e in entries if e.feature is not None}))))
+        if not entries:
+            raise ValueError(_EMPTY)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{path}: {error}") from None
     return entries
 
 
 def _check_bound(content: dict[str, Any], entries: list[Steer], found: Bound) -> None:
-    """Refuses hashes that differ, and features of layers to which no SAE was bound."""
+    """Refuses hashes and k that differ, and features of layers to which no SAE was bound."""
     model = content.get("model") or {}
     _check_keys("model: ", model, {"name", "sha256"})
     _same("model", model, found.model, found.model_name)
     bound: dict[int, dict[str, Any]] = {}
     for i, table in _tables(content, "sae"):
-        _check_keys(f"sae[{i}]: ", table, {"layer", "name", "sha256"})
+        _check_keys(f"sae[{i}]: ", table, {"layer", "name", "sha256", "k"})
         if not isinstance(layer := table.get("layer"), int) or layer in bound:
             raise ValueError(f"sae[{i}]: layer = {layer!r}; expected a number that no other has")
         bound[layer] = table
     for layer in sorted({entry.layer for entry in entries if entry.feature is not None}):
-        _same(f"SAE of layer {layer}", bound.get(layer, {}), found.saes[layer], found.sae_name)
+        table = bound.get(layer, {})
+        _same(f"SAE of layer {layer}", table, found.saes[layer], found.sae_name)
+        if (k := table.get("k", found.k[layer])) != found.k[layer] or isinstance(k, bool):
+            raise ValueError(
+                f"it was made with k = {k!r} of the SAE of layer {layer}, the one at hand is used with k = "
+                f"{found.k[layer]}: other features would be active"
+            )
 
 
 def _same(what: str, table: dict[str, Any], found: str, name: str) -> None:

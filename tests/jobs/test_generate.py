@@ -131,6 +131,23 @@ def test_results_of_other_settings_or_recipes_are_never_taken_for_these(
     assert (whole[0] / "results.jsonl").read_bytes() == before
 
 
+STEERED = ("--feature", "1:3", "--strength", "2", "--units", "raw")
+
+
+def test_results_and_recipes_of_another_k_are_never_taken_for_these(tiny_release, tmp_path, capfd, monkeypatch):
+    saes = load_saes(tiny_release / "sae")
+    places = resolve(tiny_release / "model", what="model"), resolve(tiny_release / "sae", what="sae")
+    recipe = save_recipe(tmp_path / "recipe.toml", [Steer(1, 3, 2.0)], saes, bind(*places, (1,)))
+    write(tiny_release, tmp_path / "out", PROMPT, *STEERED)
+    assert manifest(tmp_path / "out")["facts"]["saes"]["1"]["k"] == 4
+    monkeypatch.setattr(job, "load_backbone", None)  # refused before
+    with pytest.warns(UserWarning, match="using k = 2 as given"):
+        code = cli.main(command(tiny_release, PROMPT, *STEERED, "--k", "2", "--out", str(tmp_path / "out")))
+    assert (code, "saes.1.k: was 4, is 2" in capfd.readouterr().err) == (2, True)
+    assert cli.main(command(tiny_release, PROMPT, "--steer", str(recipe), "--k", "2")) == 2
+    assert "it was made with k = 4 of the SAE of layer 1" in capfd.readouterr().err
+
+
 def test_a_single_prompt_is_printed_as_it_comes(tiny_release, tmp_path, capsys, monkeypatch):
     told = []
     monkeypatch.setattr("builtins.print", lambda *words, **how: told.append((*words, how.get("end", "\n"))))
@@ -153,6 +170,7 @@ def test_recipes_and_features_steer_and_say_to_how_many_tokens(tiny_release, tmp
     saes = load_saes(tiny_release / "sae")
     entries = [Steer(0, 5, 3.0), Steer(1, 7, mode="ablate", positions="generated")]
     bound = bind(resolve(tiny_release / "model", what="model"), resolve(tiny_release / "sae", what="sae"), (0, 1))
+    assert bound.k == {0: 4, 1: 4}
     recipe = save_recipe(tmp_path / "recipe.toml", entries, saes, bound)
     options = ("--feature", "1:9", "--strength", "2", "--units", "raw", "--positions", "prompt")
     (row,) = write(tiny_release, tmp_path / "out", PROMPT, "--steer", str(recipe), *options)

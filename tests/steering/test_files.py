@@ -16,9 +16,9 @@ from qscope_jax.jobs.places import bind, model_files
 from qscope_jax.sae.formats import load_saes
 from qscope_jax.steering import Bound, Steer, load_recipe, save_recipe, steer
 from qscope_jax.steering.files import combine_hashes
-from tests.steering.conftest import LATENTS, WIDTH, FakeStats
+from tests.steering.conftest import LATENTS, WIDTH, FakeStats, K
 
-BOUND = Bound("a" * 64, {layer: str(layer) * 64 for layer in range(4)}, "the/model", "the SAEs")
+BOUND = Bound("a" * 64, {n: str(n) * 64 for n in range(4)}, dict.fromkeys(range(4), K), "the/model", "the SAEs")
 ENTRIES = [
     Steer(1, 3, 0.8, "clamp", "xmax", "generated", True),
     Steer(2, 5, -1.25e-7),
@@ -82,6 +82,29 @@ def test_another_model_sae_or_layer_is_refused_by_both_hashes(written):
             load_recipe(written, partial(found, bound=bound))
 
 
+def test_another_k_is_refused_and_files_of_before_it_was_written_are_read(model, written):
+    assert [table["k"] for table in parsed(written)["sae"]] == [K] * 3
+    with pytest.raises(FormatError, match=rf"made with k = {K} of the SAE of layer 2, .* used with k = {K - 1}"):
+        load_recipe(written, partial(found, bound=BOUND._replace(k={**BOUND.k, 2: K - 1})))
+    text = written.read_text(encoding="utf-8")
+    line = "k = 6\n" if written.suffix == ".toml" else ',\n      "k": 6'
+    assert text.count(line) == 3
+    written.write_text(text.replace(line, ""), encoding="utf-8")
+    assert load_recipe(written, found) == ENTRIES
+    with pytest.raises(ValueError, match=rf"the SAE of layer 1 has k = {K}, `bound` says 3"):
+        save_recipe(written, ENTRIES, model.saes, BOUND._replace(k={**BOUND.k, 1: 3}), stats=STATS)
+
+
+def test_a_recipe_without_entries_is_said_to_be_empty(model, tmp_path):
+    with pytest.raises(ValueError, match="there are no entries under `steer`"):
+        save_recipe(tmp_path / "r.toml", [], model.saes, BOUND)
+    head = 'format = "qscope-recipe-1"\n[model]\nsha256 = "' + "a" * 64 + '"\n'
+    for nothing in ("", "steer = []\n"):
+        (tmp_path / "r.toml").write_text(nothing + head)
+        with pytest.raises(FormatError, match=r"r\.toml: there are no entries under `steer`"):
+            load_recipe(tmp_path / "r.toml", found)
+
+
 def edit(path, old, new):
     text = path.read_text(encoding="utf-8")
     assert old in text
@@ -112,6 +135,7 @@ def edit(path, old, new):
         ("[model]", "[modl]", "unknown modl; expected directions, format"),
         ('file = "recipe.directions', 'file = "../recipe.directions', "expected the name of a file beside the recipe"),
         (f'sha256 = "{"2" * 64}"', "", "bound to no SAE of layer 2, as every recipe must be; the one .*" + "2" * 64),
+        (f'sha256 = "{"2" * 64}"\nk = 6', f'sha256 = "{"2" * 64}"\nk = "6"', "made with k = '6' of the SAE of layer 2"),
         (f'sha256 = "{"a" * 64}"', "", "bound to no model, as every recipe must be; the one .*" + "a" * 64),
         ("layer = 3\nname", "layer = 1\nname", r"sae\[2\]: layer = 1; expected a number that no other has"),
     ],
