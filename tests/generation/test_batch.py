@@ -83,7 +83,7 @@ def test_layers_read_in_place_write_the_same(family, monkeypatch):
     """On a CPU the weights of large layers are views, which is what `split_layers` promises; a tap sees the same."""
     model = golden(family)
     expected = write(model, tap=tap_of(model), top_logprobs=4)
-    monkeypatch.setattr("qscope_jax.generation._IN_CACHE", 0)
+    monkeypatch.setattr("qscope_jax.generation.batch._IN_CACHE", 0)
     found = write(model, tap=tap_of(model), top_logprobs=4)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=3e-5)
