@@ -153,7 +153,7 @@ def discover(
         vocabulary, or SAEs that do not fit the model.
     """
     names, given = ("positive", *negative), [positive, *negative.values()]
-    texts = _distinct(names, given)
+    texts = distinct_texts(names, given)
     groups = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
     documents = encoder([text for own in texts for text in own])
     longest = max_length or min(backbone.config.max_position_embeddings, 4096)
@@ -191,7 +191,7 @@ def discover(
     )  # fmt: skip
 
 
-def _distinct(names: Sequence[str], given: Sequence[Sequence[str]]) -> list[list[str]]:
+def distinct_texts(names: Sequence[str], given: Sequence[Sequence[str]]) -> list[list[str]]:
     """Each set without its duplicates: neither may the half that judges know a text that chose, nor two sets share one.
 
     Raises:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,23 +17,17 @@ import tyro
 
 from qscope_jax.analysis.contexts import BEFORE
 from qscope_jax.analysis.contrast import By
-from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.inputs import Format
 from qscope_jax.data.text import Fields, open_corpus
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
+from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.explorer.figures import draw_profile
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.features.concepts import LANGUAGES, TextSets, canonical_name, concept_names, concept_texts, text_sets
-from qscope_jax.features.discovery import ALPHA, Discovery, FoundFeature, discover
+from qscope_jax.features.discovery import ALPHA, Discovery, FoundFeature, discover, distinct_texts
 from qscope_jax.files.atomic import atomic_path, write_json
-from qscope_jax.files.hashes import hash_files
-from qscope_jax.files.source import resolve
-from qscope_jax.jobs.places import model_files
+from qscope_jax.jobs.opened import Precision, Sources, batch_positions, load, open_sources
+from qscope_jax.jobs.places import parse_mesh
 from qscope_jax.jobs.run import Run, devices, plain, say
-from qscope_jax.sae.formats import layers_of, load_saes, open_sae
-
-_BATCH_TOKENS = {True: 4096, False: 16_384}
-_DTYPES = {"fast": "bfloat16", "parity": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +44,8 @@ class Config:
     model: str = "demo"
     """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
     sae: str = "demo"
-    """SAEs, likewise."""
+    """SAEs, likewise. Only encoders stay in memory: of Qwen3-8B with 65,536 features 0.5 GiB a layer in bfloat16, 1 GiB
+    in float32."""
     k: int | None = None
     """Features per token, where the SAE source does not say it (or says it wrong)."""
     layers: tuple[int, ...] = ()
@@ -81,9 +75,11 @@ class Config:
     max_length: int | None = None
     """Longest row in tokens; longer documents are cut into windows. By default the model's context, at most 4096."""
     batch_tokens: int | None = None
-    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere."""
-    precision: Literal["fast", "parity"] = "fast"
-    """The model in bfloat16, or in float32. SAEs are float32 in both."""
+    """Positions per batch; by default 4,096 on a CPU and 16,384 elsewhere, times DATA of the mesh."""
+    precision: Precision = "fast"
+    """bfloat16, or the float32 arithmetic of the release's demo."""
+    mesh: str = "1x1"
+    """DATAxMODEL: split rows over DATA and weights over MODEL of this process's devices."""
 
 
 def run(config: Config) -> None:
@@ -99,13 +95,10 @@ def run(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     with Run("features find", config, config.out) as job:
         sets, files = _sets(config)
-        model, source = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-        layers = tuple(sorted(config.layers)) or layers_of(source)
-        backbone = load_backbone(model, dtype=_DTYPES[config.precision])
-        saes = load_saes(source, layers, k=config.k)
-        tokenizer = load_tokenizer(model)
-        check_vocabulary(tokenizer, backbone.config.vocab_size)
-        job.total = len(sets.positive) + sum(map(len, sets.negative.values()))
+        kept = distinct_texts(("positive", *sets.negative), (sets.positive, *sets.negative.values()))
+        sources = open_sources(config)
+        backbone, encoders, step = load(sources, config.precision)
+        job.total = sum(map(len, kept))
         job.progress(texts=0, tokens=0)
 
         def progress(**amounts: int) -> None:
@@ -114,20 +107,20 @@ def run(config: Config) -> None:
                 raise job.interrupted("nothing is kept of a search", resumes=False)
 
         found = discover(
-            backbone, saes, make_encoder(tokenizer), sets.positive, sets.negative, top=config.top, by=config.by,
-            permutations=config.permutations, seed=config.seed, max_length=config.max_length, progress=progress,
-            batch_tokens=config.batch_tokens or _BATCH_TOKENS[jax.default_backend() == "cpu"],
+            backbone, encoders.saes, make_encoder(sources.tokenizer), sets.positive, sets.negative, top=config.top,
+            by=config.by, permutations=config.permutations, seed=config.seed, max_length=config.max_length, step=step,
+            row_norms=encoders.row_norms, progress=progress,
+            batch_tokens=batch_positions(config.batch_tokens, parse_mesh(config.mesh)[0]),
         )  # fmt: skip
-        _write(config, job, sets, found, source.name, tokenizer)
-        paths = [open_sae(source, layer).path for layer in layers]
+        _write(config, job, sets, found, sources)
+        counts = {name: getattr(found, name) for name in ("documents", "duplicates", "tokens", "sinks")}
         job.record(
-            counts={"documents": found.documents, "tokens": found.tokens, "sinks": found.sinks},
-            hashes={"model": hash_files(model_files(model)), "sae": hash_files(paths), "data": files,
-                    "tokenizer": tokenizer_hash(tokenizer)},
+            counts=counts,
+            hashes=sources.hashes() | {"data": files},
             sink_thresholds=found.sink_thresholds,
             device=devices(),
-        )  # fmt: skip
-    _print(sets, found, 1 / (config.permutations + 1), tokenizer)
+        )
+    _print(sets, found, sources.tokenizer)
     print(f"\n{job.address}: features.json, features.parquet (every feature), profile.png")
 
 
@@ -164,16 +157,15 @@ def _sets(config: Config) -> tuple[TextSets, dict[str, Any]]:
     return text_sets(concept, positive=positive, negative=negative), files
 
 
-def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str, tokenizer: Any) -> None:
-    smallest = 1 / (config.permutations + 1)
+def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sources: Sources) -> None:
     content = {
         "concept": sets.name,
         "negative": list(sets.negative),
         "by": config.by,
         "halves": "score, p and q: the documents that chose (every other one of each set); all else: the others",
-        "smallest_p": smallest,
+        "reach": found.reach._asdict(),
         "features": [
-            {**dataclasses.asdict(f), "contexts": _contexts(f, sets, found, tokenizer)} for f in found.features
+            {**dataclasses.asdict(f), "contexts": _contexts(f, sets, found, sources.tokenizer)} for f in found.features
         ],
         "profile": [dataclasses.asdict(row) for row in found.profile],
     }
@@ -189,10 +181,11 @@ def _write(config: Config, job: Run, sets: TextSets, found: Discovery, sae: str,
     with atomic_path(job.out / "features.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
     rows, total = found.profile, sum(found.documents.values())
-    note = f"against {', '.join(sets.negative)}  ·  {total} documents, of which half choose and half judge"
+    judge = sum(number // 2 for number in found.documents.values())
+    note = f"against {', '.join(sets.negative)}  ·  {total} documents: {total - judge} choose, {judge} judge"
     draw_profile(
         job.out / "profile.png", [r.layer for r in rows], [r.best.score for r in rows], [r.best.auroc for r in rows],
-        [r.found for r in rows], title=f"{sets.name}: {sae}",
+        [r.found for r in rows], title=f"{sets.name}: {sources.sae.name}",
         note=note,
     )  # fmt: skip
 
@@ -210,7 +203,7 @@ def _contexts(feature: FoundFeature, sets: TextSets, found: Discovery, tokenizer
     return rows
 
 
-def _print(sets: TextSets, found: Discovery, least: float, tokenizer: Any) -> None:
+def _print(sets: TextSets, found: Discovery, tokenizer: Any) -> None:
     """The tables for a person, on stdout."""
     print(f"{sets.name} against {', '.join(sets.negative)}; half of the documents choose, the other half judges\n")
     print("               chosen by                  judged by the other half")
@@ -226,9 +219,27 @@ def _print(sets: TextSets, found: Discovery, least: float, tokenizer: Any) -> No
             labels, at = context["tokens"], context["at"]
             text = "".join(f"[{label}]" if i == at else label for i, label in enumerate(labels))
             print(f"{f.layer:>5} {f.feature:>7} {context['value']:>7.3g}  {context['set']}: {text}")
-    if found.features and not any(f.q < ALPHA for f in found.features) and found.features[0].p <= least:
-        print(f"\nNo p is below {least:.2g} with so few relabellings: --permutations can tell more.")
+    if not any(row.found for row in found.profile):
+        print(f"\n{_why_none(found)}")
+    if repeated := {name: number for name, number in found.duplicates.items() if number}:
+        names = ", ".join(f"{number} in {name}" for name, number in repeated.items())
+        print(f"\nTexts that were there before count once; left out: {names}.")
     print(f"\n* q < {ALPHA}. The layers:\n\nlayer   best   score   AUROC   features with q < {ALPHA}")
     for row in found.profile:
         best = row.best
         print(f"{row.layer:>5} {best.feature:>6} {best.score:>7.3g} {best.auroc:>7.3f}   {row.found} of {row.active}")
+
+
+def _why_none(found: Discovery) -> str:
+    """What q could have been, where none is below 0.05."""
+    reach, least = found.reach, min((float(q.min()) for *_, q in found.table.values() if len(q)), default=1.0)
+    lines = [
+        f"No feature has q < {ALPHA}; the smallest is {least:.3g}. No p is below {reach.smallest_p:.3g} with these "
+        f"relabellings, with which one of {reach.features} features alone has q = {reach.smallest_q:.3g}; "
+        f"{reach.at_smallest} have this p."
+    ]
+    if reach.smallest_q >= ALPHA:
+        lines.append(f"q < {ALPHA} for one alone takes --permutations {reach.permutations}.")
+        if reach.labellings <= reach.permutations:
+            lines.append(f"These documents have {reach.labellings} labellings that differ: more documents are needed.")
+    return "\n".join(lines)

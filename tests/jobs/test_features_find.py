@@ -26,7 +26,7 @@ def command(release, out, *options):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
-    fox = ["the quick brown fox", "a fox and a dog", "fox fox fox", "the lazy dog sleeps", "dog and fox"]
+    fox = ["the quick brown fox", "a fox and a dog", "fox fox fox", "the lazy dog sleeps", "dog and fox", "fox fox fox"]
     write_rows(folder / "fox.jsonl", [{"text": text} for text in fox])
     write_rows(folder / "other.jsonl", [{"text": text} for text in [*texts(8, longest=6), ""]])
     return folder
@@ -42,6 +42,7 @@ def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp
     from qscope_jax.features.concepts import concept_texts
 
     negative = {str(files / "other.jsonl"): texts(8, longest=6), "german": concept_texts("german")}
+    assert rows.pop() == rows[2]
     found = discover(backbone, saes, encoder, rows, negative, top=4, permutations=99, batch_tokens=256)
     written = json.loads((tmp_path / "features.json").read_text())
     contexts = [row.pop("contexts") for row in written["features"]]
@@ -53,7 +54,7 @@ def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp
         assert own[0]["set"] == names[best.document[feature.feature, 0]]
         assert own[0]["at"] < len(own[0]["tokens"])
         assert f"[{own[0]['tokens'][own[0]['at']]}]" in told.out
-    assert written["smallest_p"] == 0.01
+    assert written["reach"]["smallest_p"] == 0.01
     assert [row["layer"] for row in written["profile"]] == [0, 1]
     table = pq.read_table(tmp_path / "features.parquet").to_pandas()
     assert len(table) == sum(len(features) for features, _, _ in found.table.values())
@@ -63,7 +64,9 @@ def test_two_sets_are_contrasted_as_the_library_does_it(tiny_release, files, tmp
     assert str(found.features[0].feature) in told.out
     assert "half of the documents choose" in told.out
     assert "8 of 9 documents; 1 rows cannot be used" in told.err
+    assert "left out: 1 in positive." in told.out
     facts = manifest(tmp_path)
+    assert facts["counts"]["duplicates"] == {"positive": 1, str(files / "other.jsonl"): 0, "german": 0}
     assert facts["counts"]["documents"] == {"positive": 5, str(files / "other.jsonl"): 8, "german": 8}
     assert set(facts["sink_thresholds"]) == {"0", "1"}
 
@@ -83,6 +86,7 @@ def test_a_shipped_set_needs_no_files(tiny_release, tmp_path, capsys):
         (("english", "--permutations", "-1"), "expected at least 0"),
         (("english", "--documents", "1"), "expected at least 2"),
         (("english", "--layers", "7"), "7"),
+        (("--positive", "english", "--negative", "german", "everyday"), "a text stands in positive and in everyday"),
     ],
 )
 def test_wrong_input_is_named(tiny_release, tmp_path, capsys, options, message):
@@ -94,6 +98,39 @@ def test_documents_are_taken_evenly(tiny_release, files, tmp_path, capsys):
     sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--documents", "2", "--permutations", "0")
     assert cli.main(command(tiny_release, tmp_path, *sets)) == 0
     assert manifest(tmp_path)["counts"]["documents"]["positive"] == 2
+
+
+def test_where_nothing_is_found_it_says_what_could_be(tiny_release, files, tmp_path, capsys):
+    """Three relabellings: p is 0.25 at least, q of one feature among many 1."""
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--documents", "4", "--permutations", "3")
+    assert cli.main(command(tiny_release, tmp_path, *sets)) == 0
+    told, written = capsys.readouterr().out, json.loads((tmp_path / "features.json").read_text())
+    active = sum(row["active"] for row in written["profile"])
+    table = pq.read_table(tmp_path / "features.parquet").to_pandas()
+    assert f"No feature has q < 0.05; the smallest is {table.q.min():.3g}" in told
+    assert f"No p is below 0.25 with these relabellings, with which one of {active} features alone has q = 1" in told
+    assert f"{(table.p == 0.25).sum()} have this p" in told
+    assert f"takes --permutations {20 * active}" in told
+    assert "These documents have 15 labellings that differ: more documents are needed" in told
+
+
+def test_the_picture_says_which_documents_were_used(tiny_release, files, tmp_path, monkeypatch):
+    from qscope_jax.jobs import features_find
+
+    notes = []
+    monkeypatch.setattr(features_find, "draw_profile", lambda *_, note, **__: notes.append(note))
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--permutations", "0")
+    assert cli.main(command(tiny_release, tmp_path, *sets)) == 0
+    assert notes == ["against german  ·  13 documents: 7 choose, 6 judge"]  # 5 and 8, one of 6 given twice
+
+
+def test_a_mesh_finds_the_same(tiny_release, files, tmp_path):
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--permutations", "9")
+    for name, mesh in (("one", "1x1"), ("four", "2x2")):
+        assert cli.main(command(tiny_release, tmp_path / name, *sets, "--mesh", mesh)) == 0
+    one, four = (json.loads((tmp_path / name / "features.json").read_text())["features"] for name in ("one", "four"))
+    assert [(f["layer"], f["feature"]) for f in one] == [(f["layer"], f["feature"]) for f in four]
+    assert [f["score"] for f in one] == pytest.approx([f["score"] for f in four], rel=1e-4)
 
 
 def test_a_signal_stops_it(tiny_release, tmp_path, monkeypatch):
