@@ -78,7 +78,7 @@ def draw_profile(
     _curve(score, rows, "v", "score of the best feature", _BLUE)
     score.set_ylim(min(0, *scores), None)
     _curve(judged, rows, "a", "its AUROC on held-out documents", _GREEN)
-    judged.set_ylim(min(0.5, *aurocs), 1.01)
+    judged.set_ylim(min(0.5, *aurocs) - 0.02, 1.02)
     _curve(number, rows, "f", "features with q < 0.05", _ORANGE)
     number.set_ylim(0, max(1, 1.1 * max(found)))
     with atomic_path(path) as temporary:

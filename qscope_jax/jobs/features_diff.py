@@ -6,7 +6,7 @@ its strongest features per layer, and the strongest per token. A heatmap here; i
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -17,20 +17,15 @@ from qscope_jax.analysis.compare import (
     kept_tokens,
     strongest,
 )
-from qscope_jax.backbone.weights import load_backbone
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
+from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.explorer.page import write_page
 from qscope_jax.explorer.terminal import has_colour, heat, spans, tinted
 from qscope_jax.explorer.tokens import token_labels
 from qscope_jax.extract import DocumentCodes, extract_documents
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.hashes import hash_files
-from qscope_jax.files.source import resolve
-from qscope_jax.jobs.places import model_files
+from qscope_jax.jobs.opened import Precision, Sources, load, open_sources
 from qscope_jax.jobs.run import Run, plain
-from qscope_jax.sae.formats import layers_of, load_saes, open_sae
 
-_DTYPES = {"fast": "bfloat16", "parity": "float32"}
 _SHOWN = 40  # tokens of the table that is printed; the files have all
 
 
@@ -43,7 +38,8 @@ class Config:
     model: str = "demo"
     """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
     sae: str = "demo"
-    """SAEs, likewise; made for another model is fine (a base model's on its chat model)."""
+    """SAEs, likewise; made for another model is fine (a base model's on its chat model). Only encoders stay in memory:
+    of Qwen3-8B with 65,536 features 1 GiB a layer in float32, half of it in bfloat16."""
     k: int | None = None
     """Features per token, where the SAE source does not say it (or says it wrong)."""
     layers: tuple[int, ...] = ()
@@ -58,8 +54,10 @@ class Config:
     """Do not count tokens that occur in both texts."""
     special_tokens: bool = False
     """Read strings such as <|im_end|> in a text as the tokens they name."""
-    precision: Literal["fast", "parity"] = "parity"
+    precision: Precision = "parity"
     """float32, as in the release's demo, or bfloat16."""
+    mesh: str = "1x1"
+    """DATAxMODEL: split rows over DATA and weights over MODEL of this process's devices."""
     out: Path = Path("qscope-out/features-diff")
     """Folder of index.html, diff.json and manifest.json."""
 
@@ -85,30 +83,24 @@ def run(config: Config) -> None:
     if config.top < 1:
         raise ValueError(f"--top {config.top}: expected at least 1")
     with Run("features diff", config, config.out) as job:
-        model, source = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-        layers = tuple(sorted(config.layers)) or layers_of(source)
-        seen = _look(config, model, source, layers)
+        sources = open_sources(config)
+        seen = _look(config, sources)
         job.progress(texts=len(seen.codes), tokens=sum(len(code.tokens) for code in seen.codes))
         write_json(job.out / "diff.json", _content(config, seen))
         write_page(job.out / "index.html", "Two texts compared" if len(seen.codes) == 2 else "One text", _page(seen))
         job.record(
             counts={"tokens": [len(c.tokens) for c in seen.codes], "kept": [int(m.sum()) for m in seen.kept]},
-            hashes={"model": hash_files(model_files(model)),
-                    "sae": hash_files(open_sae(source, layer).path for layer in layers)},
+            hashes=sources.hashes(),
             sinks="not masked, as in the release's demo",
         )  # fmt: skip
     (_print_two if len(seen.codes) == 2 else _print_one)(seen)
     print(f"\n{job.address}: index.html, diff.json")
 
 
-def _look(config: Config, model, source, layers: tuple[int, ...]) -> Seen:
-    backbone = load_backbone(model, dtype=_DTYPES[config.precision])
-    saes = load_saes(source, layers, k=config.k)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, backbone.config.vocab_size)
+def _look(config: Config, sources: Sources) -> Seen:
+    tokenizer, longest = sources.tokenizer, sources.constants.max_position_embeddings
     texts = [Path(t[1:]).read_text(encoding="utf-8") if t.startswith("@") else t for t in config.texts]
     documents = make_encoder(tokenizer, special_tokens=config.special_tokens)(texts)
-    longest = backbone.config.max_position_embeddings
     for i, ids in enumerate(documents):
         if not 0 < len(ids) <= longest:
             raise ValueError(f"text {i + 1} has {len(ids)} tokens; expected 1 to {longest}, the model's context")
@@ -116,9 +108,12 @@ def _look(config: Config, model, source, layers: tuple[int, ...]) -> Seen:
         documents, skip_first=config.skip_first, drop_prefix=config.drop_prefix, drop_common=config.drop_common
     )
     longest_text = max(map(len, documents))
-    codes = extract_documents(backbone, saes, documents, batch_tokens=2 * longest_text, max_length=longest_text)
+    backbone, encoders, step = load(sources, config.precision)
+    codes = extract_documents(
+        backbone, encoders.saes, documents, batch_tokens=2 * longest_text, max_length=longest_text, step=step
+    )
     found: dict[int, list[Any]] = {}
-    for layer in layers:
+    for layer in sources.saes:
         own = [code.codes[layer] for code in codes]
         found[layer] = (
             compare_rates(own, kept, config.top)

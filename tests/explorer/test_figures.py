@@ -3,8 +3,9 @@
 import struct
 
 import pytest
+from matplotlib.figure import Figure
 
-from qscope_jax.explorer.figures import draw_quality
+from qscope_jax.explorer.figures import draw_profile, draw_quality
 
 
 def row(**changes):
@@ -37,4 +38,22 @@ def test_more_layers_make_a_longer_picture_of_the_same_width(tmp_path):
 )
 def test_numbers_that_are_not_defined_leave_gaps(tmp_path, changes):
     draw_quality(tmp_path / "x.png", {3: row(**changes), 9: row(**changes)}, title="x", note="y")
+    assert size(tmp_path / "x.png")[0] > 1000
+
+
+def test_an_auroc_below_one_half_stays_in_the_picture(tmp_path, monkeypatch):
+    seen, save = [], Figure.savefig
+
+    def saving(self, *given, **options):
+        seen.extend(self.axes)
+        save(self, *given, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+    draw_profile(tmp_path / "x.png", [0, 1, 2], [0.1, -0.2, 0], [0.9, 0.2, 1], [1, 0, 0], title="x", note="y")
+    for axes in seen:
+        low, high = axes.get_ylim()
+        values = axes.lines[0].get_ydata()
+        assert low <= min(values)
+        assert max(values) <= high
+    assert seen[1].get_ylim()[0] < 0.2
     assert size(tmp_path / "x.png")[0] > 1000

@@ -65,6 +65,14 @@ def test_one_text_shows_its_strongest_features_per_layer_and_token(tiny_release,
     assert "習" in told or "慣" in told
 
 
+def test_a_mesh_shows_the_same(tiny_release, tmp_path):
+    found = []
+    for name, mesh in (("one", "1x1"), ("four", "2x2")):
+        assert cli.main(command(tiny_release, tmp_path / name, ONE, TWO, "--mesh", mesh)) == 0
+        found.append(json.loads((tmp_path / name / "diff.json").read_text(encoding="utf-8"))["layers"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
