@@ -61,6 +61,14 @@ class Sources(NamedTuple):
         }
 
 
+class Model(NamedTuple):
+    """A model before its weights are read, with the tokenizer that fits it."""
+
+    source: Source
+    constants: ModelConfig
+    tokenizer: Any
+
+
 class Encoders(NamedTuple):
     """SAEs without their decoders, and |decoder row| [f] of each."""
 
@@ -76,6 +84,18 @@ class Loaded(NamedTuple):
     step: ExtractStep
 
 
+def open_model(spec: str) -> Model:
+    """Opens a model.
+
+    Raises:
+      ValueError, OSError: it cannot be had, or its tokenizer has more tokens than it.
+    """
+    source = resolve(spec, what="model")
+    constants, tokenizer = read_config(source.fetch("config.json")), load_tokenizer(source)
+    check_vocabulary(tokenizer, constants.vocab_size)
+    return Model(source, constants, tokenizer)
+
+
 def open_sources(asked: Asked) -> Sources:
     """Opens a model and SAEs and refuses what does not fit, before any weights are read.
 
@@ -83,16 +103,13 @@ def open_sources(asked: Asked) -> Sources:
       ValueError, OSError: what does not fit, or cannot be had.
     """
     mesh = local_mesh(asked.mesh)
-    model, sae = resolve(asked.model, what="model"), resolve(asked.sae, what="sae")
-    constants = read_config(model.fetch("config.json"))
+    (model, constants, tokenizer), sae = open_model(asked.model), resolve(asked.sae, what="sae")
     if mesh is not None:
         parameter_shapes(constants, mesh=mesh)
     opened = {layer: open_sae(sae, layer) for layer in chosen_layers(asked.layers, sae)}
     saes = {layer: settle(str(one.path), one.facts, k=asked.k) for layer, one in opened.items()}
     for layer, one in saes.items():
         check_sae(constants, layer, one)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, constants.vocab_size)
     files = {layer: one.path for layer, one in opened.items()}
     return Sources(model, sae, constants, tokenizer, files, saes, asked.k, mesh)
 

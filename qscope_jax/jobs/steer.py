@@ -8,24 +8,24 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
 
 from qscope_jax.analysis.text import language_shares, script_share
 from qscope_jax.backbone.weights import Backbone, load_backbone
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
+from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.features.concepts import text_sets
 from qscope_jax.features.discovery import discover
 from qscope_jax.features.files import check_statistics
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
+from qscope_jax.jobs.opened import ARITHMETIC, Precision, chosen_layers, load_encoders, open_model
 from qscope_jax.jobs.places import bind, model_files
 from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
 from qscope_jax.jobs.run import Run, devices, plain
-from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae
 from qscope_jax.steering import Steer, describe, save_recipe
 from qscope_jax.steering.controls import control_recipes
@@ -36,7 +36,6 @@ PROMPTS = (
     "To open a file,", "The old king looked at the", "If you want to change the color of", "She crossed the river at",
     "Before you start, check that", "Select the layer that you want to", "The soldiers of the", "This option shows",
 )  # fmt: skip
-_DTYPES = {"fast": "bfloat16", "parity": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Config(SteerOptions):
     """Of sampling, and of the random controls."""
     batch_rows: int = 64
     """Texts written at once."""
-    precision: Literal["fast", "parity"] = "parity"
+    precision: Precision = "parity"
     """The model in bfloat16, or in float32. SAEs are float32 in both."""
 
 
@@ -96,9 +95,8 @@ def run(config: Config) -> None:
     """
     _check(config)
     with Run("steer", config, config.out) as job:
-        model, source = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-        backbone, tokenizer = load_backbone(model, dtype=_DTYPES[config.precision]), load_tokenizer(model)
-        check_vocabulary(tokenizer, backbone.config.vocab_size)
+        (model, _, tokenizer), source = open_model(config.model), resolve(config.sae, what="sae")
+        backbone = load_backbone(model, dtype=ARITHMETIC[config.precision][0])
         stats = load_stats(config, source)
         entries = _entries(config, backbone, tokenizer, model, source, stats)
         saes = load_needed(entries, source, config.k)
@@ -141,8 +139,12 @@ def _entries(config: Config, backbone: Backbone, tokenizer: Any, model: Source, 
     if config.concept is None:
         return chosen_entries(config, model, source, stats, k=config.k)
     sets, encoder = text_sets(config.concept), make_encoder(tokenizer)
-    saes = load_saes(source, config.layers or None, k=config.k)
-    profile = discover(backbone, saes, encoder, sets.positive, sets.negative, permutations=100).profile
+    saes, norms = load_encoders(source, chosen_layers(config.layers, source), k=config.k)
+    options: Any = {
+        "permutations": 0,
+        "row_norms": norms,
+    }  # of the profile only the best features are used, not their p
+    profile = discover(backbone, saes, encoder, sets.positive, sets.negative, **options).profile
     names = tuple(f"{one.layer}:{one.best.feature}" for one in profile)
     return chosen_entries(dataclasses.replace(config, feature=names), model, source, stats, k=config.k)
 
