@@ -1,9 +1,10 @@
-"""Finds every tensor of a model in the files of a source, whatever dialect they are written in.
+"""Finds the constants and every tensor of a model in the files of a source, whatever dialect they are written in.
 
 Whatever does not fit (unknown, missing, duplicate, misshapen, of two dialects) is reported together, before anything
 loads.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qscope_jax.backbone.config import ModelConfig
-from qscope_jax.backbone.config_reader import unique_keys
+from qscope_jax.backbone.config import ModelConfig, Precision, read_config
+from qscope_jax.backbone.config_reader import Reader, read_object, unique_keys
 from qscope_jax.backbone.tables import HEAD_NAME, Dialect, Tensor, checkpoint_tensors
 from qscope_jax.files.source import Source
 from qscope_jax.files.tensors import TensorFile, open_tensors
@@ -25,6 +26,26 @@ _OTHER_PARTS = re.compile(r"mtp\.|model\.visual\.")
 
 class CheckpointError(ValueError):
     """A checkpoint that does not hold exactly the tensors of its config; the message lists every difference."""
+
+
+def find_config(place: Source, *, precision: Precision = "highest") -> ModelConfig:
+    """The constants of config.json, with the ids that end a text as `transformers` finds them.
+
+    Where there is a generation_config.json it alone decides these, even where it names none.
+
+    Raises:
+      ConfigError: see `read_config`; or generation_config.json names something else than ids.
+      SourceError: a file cannot be had.
+    """
+    config = read_config(place.fetch("config.json"), precision=precision)
+    if not place.has("generation_config.json"):
+        return config
+    path = place.fetch("generation_config.json")
+    said = read_object(path)
+    reader = Reader(said, said, config.model_type, str(path))
+    ids = reader.eos()
+    reader.raise_faults()
+    return dataclasses.replace(config, eos_token_ids=ids)
 
 
 def find_tensors(place: Source, config: ModelConfig) -> tuple[list[Tensor], dict[str, TensorFile]]:

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qscope_jax.backbone.checkpoint import INDEX, SINGLE, CheckpointError, find_tensors
-from qscope_jax.backbone.config import ModelConfig, Precision, read_config
+from qscope_jax.backbone.checkpoint import INDEX, SINGLE, CheckpointError, find_config, find_tensors
+from qscope_jax.backbone.config import ModelConfig, Precision
 from qscope_jax.backbone.parameters import Params, empty_tree, parameter_shapes, parent_of
 from qscope_jax.backbone.tables import Piece, Tensor, checkpoint_tensors, to_stored
 from qscope_jax.files.atomic import write_json
@@ -50,7 +50,7 @@ def load_backbone(
       fsdp: split the residual dimension of every matrix over "data" too; each layer is gathered when it runs.
 
     Raises:
-      ConfigError: config.json describes no model that can be run exactly.
+      ConfigError: config.json describes no model that can be run exactly, or generation_config.json is damaged.
       CheckpointError: tensors are unknown, missing, duplicate, misshapen or of another kind; all are listed.
       MeshError: the mesh does not divide a dimension.
       SourceError: the source or a file of it cannot be had; its subclasses tell the causes apart.
@@ -60,7 +60,7 @@ def load_backbone(
     if fsdp and mesh is None:
         raise ValueError("fsdp=True splits weights over a mesh; give one: load_backbone(..., mesh=make_mesh())")
     place = source if isinstance(source, Source) else resolve(source, what="model")
-    config = read_config(place.fetch("config.json"), precision=_PRECISION[dtype])
+    config = find_config(place, precision=_PRECISION[dtype])
     shapes = parameter_shapes(config, jnp.dtype(dtype), mesh=mesh, fsdp=fsdp)
     tensors, files = find_tensors(place, config)
     params = empty_tree(config)
