@@ -4,6 +4,7 @@ from qscope_jax.generation.batch import (
     GenerateOutput,
     Generation,
     Taps,
+    Written,
     advance,
     bucket,
     finished,
@@ -11,6 +12,7 @@ from qscope_jax.generation.batch import (
     pad_left,
     result,
     start,
+    written,
 )
 from qscope_jax.generation.steps import make_steps
 
@@ -18,6 +20,7 @@ __all__ = [
     "GenerateOutput",
     "Generation",
     "Taps",
+    "Written",
     "advance",
     "bucket",
     "finished",
@@ -26,4 +29,5 @@ __all__ = [
     "pad_left",
     "result",
     "start",
+    "written",
 ]

@@ -1,6 +1,6 @@
 """Text from a backbone: one program reads the prompts, one writes tokens in a loop on the device.
 
-    generate = result(advance(start(prompts)));    streaming: advance(…, 1) again and again
+    generate = result(advance(start(prompts)));    streaming: written(advance(…, 1)) again and again
 
 Shapes are bucketed, prompts padded left, and all settings are data, so that few programs serve all calls.
 """
@@ -57,6 +57,14 @@ class GenerateOutput(NamedTuple):
     taps: Taps
 
 
+class Written(NamedTuple):
+    """Tokens so far, on the host: tokens [b, new], lengths [b] and ended [b] as in `GenerateOutput`."""
+
+    tokens: Int[np.ndarray, "b new"]
+    lengths: Int[np.ndarray, "b"]
+    ended: Bool[np.ndarray, "b"]
+
+
 class Generation(NamedTuple):
     """A batch under way, from `start`; `advance` uses it up and gives the next."""
 
@@ -88,7 +96,7 @@ def generate(
     """Continues every row of a batch; nothing goes to the host before all rows are done.
 
     On a mesh (params from `load_backbone(mesh=...)`) rows are spread over "data". Neither a prompt of another length in
-    its bucket nor another value of any setting but `top_logprobs` recompiles.
+    its bucket nor another value of any setting recompiles, but for another `top_logprobs` and more than 8 ids in `eos`.
 
     Args:
       params: see `forward`; on a GPU it decodes faster with those of `split_layers(..., consume=True)`.
@@ -171,6 +179,23 @@ def advance(
     return generation._replace(state=state)
 
 
+def written(generation: Generation) -> Written:
+    """The tokens so far and nothing else: for streaming, where all that `result` brings would be copied every time.
+
+    Raises:
+      FloatingPointError: logits that are no distribution.
+    """
+    state = generation.state
+    lengths, sound = to_host(state.lengths), to_host(state.sound)
+    if not sound.all():
+        row = int(np.argmin(sound))
+        raise FloatingPointError(
+            f"the logits of row {row} are not finite at its token {lengths[row]} (0 is the first generated): the "
+            "weights are damaged or overflow in this precision, or a tap gave values that are not finite"
+        )
+    return Written(to_host(state.tokens)[:, : generation.limit], lengths, to_host(state.ended))
+
+
 def result(generation: Generation) -> GenerateOutput:
     """What stands so far; the last rows and columns are pads where nothing was generated yet.
 
@@ -179,18 +204,11 @@ def result(generation: Generation) -> GenerateOutput:
     """
     state, new = generation.state, generation.limit
     host = lambda a: to_host(a)[:, :new]  # noqa: E731
-    lengths, sound = to_host(state.lengths), to_host(state.sound)
-    if not sound.all():
-        row = int(np.argmin(sound))
-        raise FloatingPointError(
-            f"the logits of row {row} are not finite at its token {lengths[row]} (0 is the first generated): the "
-            "weights are damaged or overflow in this precision, or a tap gave values that are not finite"
-        )
+    tokens, lengths, ended = written(generation)
     top_ids, top_logprobs = (None, None) if state.top is None else (host(state.top[0]), host(state.top[1]))
     generated = jax.tree.map(lambda a: to_host(a)[:new], state.taps)
     taps = Taps(generation.prompt_taps, generated)
-    ended = to_host(state.ended)
-    return GenerateOutput(host(state.tokens), lengths, host(state.logprobs), top_ids, top_logprobs, ended, taps)
+    return GenerateOutput(tokens, lengths, host(state.logprobs), top_ids, top_logprobs, ended, taps)
 
 
 def finished(generation: Generation) -> bool:

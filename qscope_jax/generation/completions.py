@@ -11,7 +11,18 @@ import numpy as np
 
 from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.forward import Params
-from qscope_jax.generation.batch import GenerateOutput, Generation, advance, bucket, finished, pad_left, result, start
+from qscope_jax.generation.batch import (
+    GenerateOutput,
+    Generation,
+    Written,
+    advance,
+    bucket,
+    finished,
+    pad_left,
+    result,
+    start,
+    written,
+)
 from qscope_jax.taps import Tap
 
 _CHUNK = 16  # tokens between two looks at the texts
@@ -97,7 +108,7 @@ def complete(
             raise Stopped
         stopped = None
         if watch or stop:
-            texts = _texts(result(running), tokenizer)
+            texts = _texts(written(running), tokenizer)
             stopped = np.array([_first(text, stop) is not None for text in texts])
             if watch:
                 watch(_settled(texts[0], stop))
@@ -119,7 +130,7 @@ def _conclude(running: Generation, tokenizer: Any, number: int, stop) -> tuple[l
     return found, out
 
 
-def _texts(out: GenerateOutput, tokenizer: Any) -> list[str]:
+def _texts(out: Written | GenerateOutput, tokenizer: Any) -> list[str]:
     ends = out.lengths - out.ended  # the eos is no text
     return [_decode(tokenizer, row[:end]) for row, end in zip(out.tokens, ends, strict=True)]
 
