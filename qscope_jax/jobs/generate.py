@@ -23,7 +23,7 @@ from qscope_jax.generation.results_file import append, dump, sort, take_up
 from qscope_jax.generation.sampling import check_sampling
 from qscope_jax.jobs.generate_inputs import Asked, Opened, Steering, load_steering, open_inputs
 from qscope_jax.jobs.recipes import SteerOptions
-from qscope_jax.jobs.run import Run, devices
+from qscope_jax.jobs.run import Run, devices, say
 
 _RESULTS, _FACTS = "results.jsonl", "generation.json"
 
@@ -62,7 +62,7 @@ class Config(SteerOptions):
     chat: bool = False
     """Take each prompt for a user's message and let the model's chat template frame it."""
     thinking: bool = True
-    """With --chat, and where the template knows it: let the model think first."""
+    """With --chat: what templates that ask are told about whether the model should think first."""
     system: str | None = None
     """With --chat: the system message."""
 
@@ -113,7 +113,7 @@ def run(config: Config) -> None:
         repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
     with Run("generate", config, config.out, resumes=(_FACTS, _RESULTS)) as job:
-        opened = open_inputs(config)
+        opened = open_inputs(config, job)
         steering = load_steering(config, opened)
         facts = opened.facts | {"steer": steering.facts, "saes": steering.saes}
         if config.out is not None:
@@ -195,6 +195,8 @@ def _make(
     ]
     if told is not None:
         told.tell(made[0].text, last=True)
+        if steering.tap is not None:
+            say(steering.told(out, 0, len(asked[0].tokens), len(made[0].tokens)))
     elif config.out is None:
         print("\n".join(map(dump, found)), flush=True)
     return found

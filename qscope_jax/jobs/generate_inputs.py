@@ -1,18 +1,21 @@
 """What `qscope generate` reads: prompts as token ids, the tokens that end a text, the facts that decide all results."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from qscope_jax.backbone.config import ModelConfig, read_config
-from qscope_jax.backbone.config_reader import read_object
+from qscope_jax.backbone.checkpoint import find_config
+from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.parameters import parameter_shapes
-from qscope_jax.data.chat import encode_chat
+from qscope_jax.data.chat import ChatError, chat_encoder
 from qscope_jax.data.text import BadRow, Document, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae
@@ -21,11 +24,13 @@ from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.generation import GenerateOutput
 from qscope_jax.jobs.places import bind, local_mesh, model_files
+from qscope_jax.jobs.progress import Meter
 from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
-from qscope_jax.jobs.run import say
+from qscope_jax.jobs.run import Run, say
 from qscope_jax.steering import count_applied, describe, steer
 from qscope_jax.taps import Tap
 
+_SILENT = 2.0  # seconds of preparing before it shows progress
 _OF_FEATURE = ("strength", "mode", "units", "positions", "preserve_norm")
 # Options that do not decide what is written, or that the facts say in another way.
 _NO_SETTINGS = frozenset(
@@ -67,15 +72,35 @@ class Steering(NamedTuple):
         """What was done in one row, of which `tokens` generated ones were kept: the last of them was never read."""
         if self.tap is None:
             return {}
-        prompt, generated = out.taps
-        kept = jax.tree.map(lambda a: a[: max(tokens - 1, 0)], generated)
-        counts = count_applied(prompt, kept)
+        counts = count_applied(*_kept(out, tokens))
         return {
             "steer": [
                 {**facts, "selected": int(counts.selected[row, i]), "changed": int(counts.changed[row, i])}
                 for i, facts in enumerate(self.facts)
             ]
         }
+
+    def told(self, out: GenerateOutput, row: int, prompt: int, tokens: int) -> str:
+        """The same in one line, for people: how many of the tokens that the model read were changed."""
+        read, written = (count_applied(taps).changed[row] for taps in _kept(out, tokens))
+        after = max(tokens - 1, 0)
+        return "steered: " + "; ".join(
+            f"{_words(facts)}: {read[i]} of {prompt} prompt and {written[i]} of {after} generated tokens"
+            for i, facts in enumerate(self.facts)
+        )
+
+
+def _kept(out: GenerateOutput, tokens: int) -> tuple[Any, Any]:
+    return out.taps.prompt, jax.tree.map(lambda a: a[: max(tokens - 1, 0)], out.taps.generated)
+
+
+def _words(facts: dict[str, Any]) -> str:
+    """An entry as people say it: `clamp 3:314 0.9 xmax (45.7 raw) at model.layers.3`."""
+    strength = "" if facts["strength"] is None else f" {facts['strength']:g} {facts['units']}"
+    raw = f" ({facts['raw']:.3g} raw)" if strength and facts["units"] != "raw" else ""
+    positions = "" if facts["positions"] == "all" else f", positions {facts['positions']}"
+    name = f"{facts['layer']}:{facts.get('feature', 'direction')}"
+    return f"{facts['mode']} {name}{strength}{raw} at {facts['hook']}{positions}"
 
 
 def load_steering(config: Any, opened: Opened) -> Steering:
@@ -104,27 +129,28 @@ def load_steering(config: Any, opened: Opened) -> Steering:
     return Steering(tap, describe(entries, saes, stats=stats), used)
 
 
-def open_inputs(config: Any) -> Opened:
+def open_inputs(config: Any, job: Run) -> Opened:
     """Reads everything but weights; `config` is that of `qscope generate`.
 
     Raises:
+      Interrupted: `job` is stopping.
       ValueError, OSError: wrong input or options, named; a prompt that cannot be used, unless it stands in a file and
         may be skipped.
     """
     model, mesh = resolve(config.model, what="model"), local_mesh(config.mesh)
-    constants = read_config(model.fetch("config.json"))
+    constants = find_config(model)
     if mesh is not None:  # before anything large is read
         parameter_shapes(constants, mesh=mesh)
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, constants.vocab_size)
     read, bad, source = _read(config)
-    asked, left_out = _tokenize(config, tokenizer, constants, read)
+    asked, left_out = _tokenize(config, job, tokenizer, constants, read)
     bad = sorted([*bad, *left_out])
     if bad and (config.on_error == "fail" or not config.prompts):
         raise ValueError(f"{bad[0].id}: {bad[0].reason}")
     if not asked:
         raise ValueError(f"there is no prompt that can be used; the first of {len(bad)}: {bad[0].id}: {bad[0].reason}")
-    eos = _eos(config, model, constants, tokenizer)
+    eos = () if config.ignore_eos else constants.eos_token_ids
     precision = config.precision or ("parity" if jax.default_backend() == "cpu" else "fast")
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NO_SETTINGS}
     facts = options | {
@@ -156,40 +182,66 @@ def _read(config: Any) -> tuple[list[tuple[Document, str, int]], list[BadRow], A
     return [(row, *corpus.place(row.number)) for row in documents], bad, corpus.fingerprint()
 
 
-def _tokenize(config: Any, tokenizer: Any, constants: ModelConfig, read) -> tuple[list[Asked], list[BadRow]]:
-    encode, asked, bad = make_encoder(tokenizer, special_tokens=config.special_tokens), [], []
-    system = [] if config.system is None else [{"role": "system", "content": config.system}]
-    context = constants.max_position_embeddings
-    for (number, name, text, _), file, line in read:
-        if config.chat:
-            messages = [*system, {"role": "user", "content": text}]
-            ids = encode_chat(tokenizer, messages, thinking=config.thinking, special_tokens=config.special_tokens)
-        else:
-            (ids,) = encode([text])
-        if not len(ids):
-            reason = "the prompt is empty"
-        elif len(ids) + config.max_new_tokens > context:
-            new = f"--max-new-tokens {config.max_new_tokens}"
-            reason = f"{len(ids)} tokens and {new} go beyond the model's context of {context}"
-        else:
-            asked.append(Asked(number, name, text, ids.astype(np.int32)))
-            continue
-        bad.append(BadRow(number, name, file, line, reason))
+def _tokenize(
+    config: Any, job: Run, tokenizer: Any, constants: ModelConfig, read: list[Any]
+) -> tuple[list[Asked], list[BadRow]]:
+    asked, bad = [], []
+    with _encoder(config, tokenizer) as encode:
+        for (number, name, text, _), file, line in _watched(read, config, job):
+            try:
+                ids = _checked(encode(text), config.max_new_tokens, constants.max_position_embeddings)
+            except _Unusable as error:
+                bad.append(BadRow(number, name, file, line, str(error)))
+            else:
+                asked.append(Asked(number, name, text, ids.astype(np.int32)))
     return asked, bad
 
 
-def _eos(config: Any, model: Source, constants: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a text: config.json's, generation_config.json's, and for chats the tokenizer's."""
-    if config.ignore_eos:
-        return ()
-    found = list(constants.eos_token_ids)
-    if model.has("generation_config.json"):
-        path = model.fetch("generation_config.json")
-        said = read_object(path).get("eos_token_id")
-        ids = said if isinstance(said, list) else [] if said is None else [said]
-        if not all(type(number) is int for number in ids):
-            raise ValueError(f"{path}: eos_token_id = {said!r}; expected a token id, or several")
-        found += ids
-    if config.chat and tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(found))
+class _Unusable(Exception):
+    """Why a prompt cannot be used."""
+
+
+def _checked(ids: np.ndarray, new: int, context: int) -> np.ndarray:
+    if not len(ids):
+        raise _Unusable("the prompt is empty")
+    if len(ids) + new > context:
+        raise _Unusable(f"{len(ids)} tokens and --max-new-tokens {new} go beyond the model's context of {context}")
+    return ids
+
+
+@contextlib.contextmanager
+def _encoder(config: Any, tokenizer: Any) -> Iterator[Callable[[str], np.ndarray]]:
+    """From the text of a prompt to its ids; made once for all prompts."""
+    if not config.chat:
+        encode = make_encoder(tokenizer, special_tokens=config.special_tokens)
+        yield lambda text: encode([text])[0]
+        return
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    with chat_encoder(tokenizer, thinking=config.thinking, special_tokens=config.special_tokens) as frame:
+
+        def encode_message(text: str) -> np.ndarray:
+            try:
+                return frame([*system, {"role": "user", "content": text}])
+            except ChatError as error:
+                raise _Unusable(str(error)) from None
+
+        yield encode_message
+
+
+def _watched(rows: list[Any], config: Any, job: Run) -> Iterator[Any]:
+    """The rows, with progress where they take long; a signal ends them."""
+    began, meter = time.monotonic(), None
+    try:
+        for done, row in enumerate(rows):
+            if job.stopping:
+                why = f"{done} of {len(rows)} prompts were prepared"
+                raise job.interrupted(why, resumes=config.out is not None)
+            if meter is None and time.monotonic() - began > _SILENT:
+                meter = Meter("generate: preparing", len(rows), "prompts", began)
+                meter.add({"prompts": done}, 0)
+            yield row
+            if meter is not None:
+                meter.add({"prompts": 1}, 0)
+    finally:
+        if meter is not None:
+            meter.close()

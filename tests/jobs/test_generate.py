@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 
 from qscope_jax import cli
 from qscope_jax.backbone.weights import load_backbone
-from qscope_jax.data.chat import encode_chat
+from qscope_jax.data import chat
+from qscope_jax.data.chat import chat_encoder
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
+from qscope_jax.features.files import load_statistics, save_statistics
 from qscope_jax.files.source import resolve
 from qscope_jax.generation import generate, pad_left
 from qscope_jax.jobs import generate as job
+from qscope_jax.jobs import generate_inputs
 from qscope_jax.jobs.places import bind
 from qscope_jax.jobs.run import EXIT_INTERRUPTED, Run
-from qscope_jax.sae.formats import load_saes
+from qscope_jax.sae.formats import load_saes, save_sae
 from qscope_jax.steering import Steer, count_applied, save_recipe, steer
 from tests.jobs.extracting import launch, manifest, stop_when, texts, write_rows
 
@@ -94,12 +98,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(tiny_release, data, who
     arguments = command(tiny_release, "--prompts", str(data), *SAMPLED, "--out", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(job, "Run", Stops)
-        for looks in (0, 2, 1):
+        for looks in (0, 5, 11, 10):  # nine of them while prompts are prepared
             Stops.looks = looks
             with pytest.raises(SystemExit) as stopped:
                 cli.main(arguments)
             assert stopped.value.code == EXIT_INTERRUPTED
             assert manifest(tmp_path)["state"] == "interrupted"
+            assert looks > 8 or manifest(tmp_path)["reason"] == f"{looks} of 9 prompts were prepared"
     assert 0 < len(rows(tmp_path)) < 8
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"number": 1, "te')  # what a crash leaves
@@ -190,28 +195,95 @@ def test_recipes_and_features_steer_and_say_to_how_many_tokens(tiny_release, tmp
     assert "steer" not in plain
 
 
+def with_template(release, model, template):
+    shutil.copytree(release / "model", model)
+    (model / "chat_template.jinja").write_text(template)
+    return model
+
+
 def test_a_chat_is_framed_by_the_models_template(tiny_release, tmp_path, capfd):
     assert cli.main(command(tiny_release, PROMPT, "--chat")) == 2
     assert "has no chat template" in capfd.readouterr().err
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in (tiny_release / "model").iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    (model / "chat_template.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
-    )
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+    model = with_template(tiny_release, tmp_path / "model", template)
     (model / "generation_config.json").write_text('{"eos_token_id": [301, 302]}')
     chat = ("hi <|im_end|>", "--chat", "--system", "Brief.", "--model", str(model))
     (row,) = write(tiny_release, tmp_path / "out", *chat)
     tokenizer = load_tokenizer(model)
     said = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "hi <|im_end|>"}]
-    assert row["prompt_tokens"] == len(encode_chat(tokenizer, said))
+    with chat_encoder(tokenizer) as encode:
+        assert row["prompt_tokens"] == len(encode(said))
     (asked,) = write(tiny_release, tmp_path / "special", *chat, "--special-tokens")
     assert asked["prompt_tokens"] < row["prompt_tokens"]
-    assert manifest(tmp_path / "out")["facts"]["eos"] == [301, 302, tokenizer.eos_token_id]
+    assert manifest(tmp_path / "out")["facts"]["eos"] == [301, 302]
     (model / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
     assert cli.main(command(tiny_release, *chat)) == 2
-    assert "generation_config.json: eos_token_id = ['<|im_end|>']; expected a token id" in capfd.readouterr().err
+    assert "generation_config.json: eos_token_id = ['<|im_end|>'] is not an id" in capfd.readouterr().err
+
+
+def test_a_chat_that_its_template_refuses_ends_no_run(tiny_release, tmp_path, monkeypatch, capfd):
+    template = "{{ raise_exception('too rude') if 'damn' in messages[0].content }}{{ messages[0].content }}"
+    model, made, make = with_template(tiny_release, tmp_path / "model", template), [], chat.make_encoder
+    monkeypatch.setattr(chat, "make_encoder", lambda *a, **k: made.append(k) or make(*a, **k))
+    said = ["the fox", "damn", "the \U000f0301 <|im_end|> dog"]
+    path = write_rows(tmp_path / "chats.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(said)])
+    options = ("--prompts", str(path), "--chat", "--model", str(model))
+    found = write(tiny_release, tmp_path / "out", *options)
+    assert [row["prompt"] for row in found] == [said[0], said[2]]
+    (error,) = map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (error["line"], "failed: TemplateError: too rude" in error["reason"]) == (2, True)
+    assert len(made) == 2  # with and without special tokens, for all chats
+    assert cli.main(command(tiny_release, *options, "--on-error", "fail")) == 2
+    assert "too rude" in capfd.readouterr().err
+
+
+def test_preparing_many_prompts_shows_progress(tiny_release, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(generate_inputs, "_SILENT", 0.0)
+    write(tiny_release, tmp_path, "--prompts", str(data), *SAMPLED)
+    assert "generate: preparing: 9 of 9 prompts (100%)" in capfd.readouterr().err
+
+
+def test_a_single_steered_prompt_says_what_was_applied(tiny_release, tmp_path, capfd):
+    recipe = ("--feature", "1:3", "--units", "raw", "--strength", "-1e6")
+    (row,) = write(tiny_release, tmp_path, PROMPT, *recipe, "--mode", "add")
+    code = cli.main(command(tiny_release, PROMPT, *recipe, "--mode", "min-clamp"))
+    told = capfd.readouterr()
+    assert code == 0
+    prompt, new = row["prompt_tokens"], len(row["tokens"]) - 1
+    words = f"1:3 -1e+06 raw at model.layers.1: {{}} of {prompt} prompt and {{}} of"
+    assert f"steered: add {words.format(prompt, new)} {new} generated tokens\n" in told.err
+    assert f"steered: min-clamp {words.format(0, 0)}" in told.err  # nothing is lifted to below 0
+    assert "steered" not in told.out
+    assert cli.main(command(tiny_release, PROMPT)) == 0
+    assert "steered" not in capfd.readouterr().err
+
+
+def test_what_says_that_it_is_steered_is_never_written_unsteered(tiny_release, tmp_path, capfd, monkeypatch):
+    """The statement T6: a recipe of nothing, of layers without SAEs, or with statistics of other SAEs ends the run."""
+    monkeypatch.setattr(job, "load_backbone", None)
+    model, sae = (resolve(tiny_release / what, what=what) for what in ("model", "sae"))
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"format": "qscope-recipe-1", "model": {"sha256": bind(model, sae, ()).model}}))
+    saes = load_saes(sae)
+    elsewhere = save_recipe(tmp_path / "r.toml", [Steer(1, 3, 2.0)], saes, bind(model, sae, (1,)))
+    first = tmp_path / "first"
+    save_sae(saes[0], first)
+    for recipe, place, says in (
+        (empty, tiny_release / "sae", "there are no entries under `steer`"),
+        (elsewhere, first, "layer 1"),
+    ):
+        assert cli.main(command(tiny_release, PROMPT, "--steer", str(recipe), "--sae", str(place))) == 2
+        told = capfd.readouterr()
+        assert (says in told.err, told.out) == (True, "")
+
+
+def test_statistics_of_other_saes_are_refused(tiny_release, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(job, "load_backbone", None)
+    stats = {1: load_statistics("demo")[1]}
+    save_statistics(tmp_path, stats)
+    steered = ("--feature", "1:3", "--strength", "2", "--statistics", str(tmp_path))
+    assert cli.main(command(tiny_release, PROMPT, *steered)) == 2
+    assert f"the statistics of layer 1 are of an SAE with sha256 {stats[1].sae}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
