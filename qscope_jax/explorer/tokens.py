@@ -25,8 +25,8 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
-    """The bytes of text that each token id stands for; those of a special token are its name."""
-    return [_bytes(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
+    """The bytes of text that each token id stands for: of a special token its name, of an id without a token none."""
+    return [_bytes(piece or "") for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def visible(text: str) -> str:

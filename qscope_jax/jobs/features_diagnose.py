@@ -7,29 +7,23 @@ occurrence). diagnosis.json and index.html have the features of every layer.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import tyro
 
 from qscope_jax.analysis.compare import activations
-from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.inputs import Format
-from qscope_jax.data.text import Fields, open_corpus
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder
 from qscope_jax.explorer.page import write_page
 from qscope_jax.explorer.terminal import has_colour, tinted
 from qscope_jax.explorer.tokens import token_bytes, token_labels
 from qscope_jax.extract import DocumentCodes, HostCode
 from qscope_jax.features.diagnosis import Answer, Complaint, Suspect, find_suspects, judge_answer
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.hashes import hash_files
-from qscope_jax.files.source import resolve
-from qscope_jax.jobs.places import model_files
-from qscope_jax.jobs.run import Run, plain, say
-from qscope_jax.sae.formats import layers_of, load_saes, open_sae
+from qscope_jax.jobs.answers import read_answers
+from qscope_jax.jobs.opened import Precision, Sources, load, open_sources
+from qscope_jax.jobs.run import Run, plain
 
-_DTYPES = {"fast": "bfloat16", "parity": "float32"}
 _PAGE_TEXTS = 8
 _KINDS = get_args(Complaint.__annotations__["kind"])
 
@@ -56,7 +50,8 @@ class Config:
     """What came before the answer: context that is not judged; @FILE reads it from a file."""
 
     data: tuple[str, ...] = ()
-    """Instead of one answer many: files, folders or globs, as everywhere; those with nothing wrong are skipped."""
+    """Instead of one answer many: files, folders or globs, as everywhere; those with nothing wrong are skipped. Of what
+    `qscope generate` wrote (results.jsonl) the token ids are used."""
     text_field: str = "text"
     """Column of the answer."""
     prompt_field: str | None = None
@@ -67,15 +62,18 @@ class Config:
     model: str = "demo"
     """Backbone: "demo" (embedded), a folder, owner/name[@revision] on the hub, or a remote folder."""
     sae: str = "demo"
-    """SAEs, likewise."""
+    """SAEs, likewise. Only encoders stay in memory: of Qwen3-8B with 65,536 features 1 GiB a layer in float32, half of
+    it in bfloat16."""
     k: int | None = None
     """Features per token, where the SAE source does not say it (or says it wrong)."""
     layers: tuple[int, ...] = ()
     """Layers (0-based, the output of decoder layer n); all that the SAE source holds by default."""
     top: int = 10
     """Features to show, over all layers; the files have as many of every layer."""
-    precision: Literal["fast", "parity"] = "parity"
+    precision: Precision = "parity"
     """float32, or bfloat16."""
+    mesh: str = "1x1"
+    """DATAxMODEL: split rows over DATA and weights over MODEL of this process's devices."""
     out: Path = Path("qscope-out/features-diagnose")
     """Folder of diagnosis.json, index.html and manifest.json."""
 
@@ -89,14 +87,11 @@ def run(config: Config) -> None:
     """
     complaint = _complaint(config)
     with Run("features diagnose", config, config.out) as job:
-        model, source = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-        layers = tuple(sorted(config.layers)) or layers_of(source)
-        backbone = load_backbone(model, dtype=_DTYPES[config.precision])
-        saes = load_saes(source, layers, k=config.k)
-        tokenizer = load_tokenizer(model)
-        check_vocabulary(tokenizer, backbone.config.vocab_size)
-        answers, skipped = _answers(config, complaint, tokenizer, backbone.config.max_position_embeddings)
-        suspects, documents = find_suspects(backbone, saes, answers, top=config.top)
+        sources = open_sources(config)
+        tokenizer = sources.tokenizer
+        answers, skipped = _answers(config, complaint, sources)
+        backbone, (saes, norms), step = load(sources, config.precision)
+        suspects, documents = find_suspects(backbone, saes, answers, top=config.top, step=step, row_norms=norms)
         job.progress(answers=len(answers), tokens=sum(len(answer.ids) for answer in answers))
         best = sorted((s for own in suspects.values() for s in own), key=lambda s: -s.score)[: config.top]
         labels = [token_labels(tokenizer, answer.ids.tolist()) for answer in answers]
@@ -104,10 +99,9 @@ def run(config: Config) -> None:
         write_json(job.out / "diagnosis.json", plain(content))
         page = _page(complaint, labels, suspects, best, documents)
         write_page(job.out / "index.html", "What stands behind the answer", page)
-        paths = [open_sae(source, layer).path for layer in layers]
         job.record(
             counts={"answers": len(answers), "skipped": skipped, "wrong_tokens": sum(len(a.wrong) for a in answers)},
-            hashes={"model": hash_files(model_files(model)), "sae": hash_files(paths)},
+            hashes=sources.hashes(),
         )
     _print(answers, labels, best, skipped)
     print(f"\n{job.address}: diagnosis.json, index.html")
@@ -128,37 +122,23 @@ def _complaint(config: Config) -> Complaint:
     return Complaint(cast(Any, said[0]), "" if value is True else value, config.repeats)
 
 
-def _answers(config: Config, complaint: Complaint, tokenizer: Any, context: int) -> tuple[list[Answer], int]:
+def _answers(config: Config, complaint: Complaint, sources: Sources) -> tuple[list[Answer], int]:
     """The answers in which something is wrong, and the number of others."""
-    found, skipped, encoder = list[Answer](), 0, make_encoder(tokenizer)
-    given = _given(config)
-    for prompt, text in given:
-        before, own = encoder([prompt, text])
+    found, skipped, context = list[Answer](), 0, sources.constants.max_position_embeddings
+    given = read_answers(config, sources.tokenizer, sources.constants.vocab_size)
+    for before, own, text in given:
         if not len(own) or len(before) + len(own) > context:
             raise ValueError(
                 f"prompt and answer have {len(before)} + {len(own)} tokens; expected an answer, and at most {context} "
                 f"in all, the model's context: {text[:60]!r}"
             )
-        answer = judge_answer(complaint, before, own, token_bytes(tokenizer, own.tolist()))
+        answer = judge_answer(complaint, before, own, token_bytes(sources.tokenizer, own.tolist()))
         if answer is not None:
             found.append(answer)
         skipped += answer is None
     if not found:
         raise ValueError(f"{complaint}: found in none of the {len(given)} answers, or there is nothing else in them")
     return found, skipped
-
-
-def _given(config: Config) -> list[tuple[str, str]]:
-    """(prompt, answer) of every answer."""
-    if config.answer is not None:
-        read = lambda text: Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text  # noqa: E731
-        return [(read(config.prompt), read(config.answer))]
-    keep = () if config.prompt_field is None else (config.prompt_field,)
-    corpus = open_corpus(config.data, Fields(config.text_field, keep=keep), format=config.format, say=say)
-    documents, bad = corpus.read(0, len(corpus))
-    if bad:
-        say(f"{len(bad)} rows cannot be used; the first: {bad[0].file}:{bad[0].line}: {bad[0].reason}")
-    return [(str(document.kept[0] or "") if keep else config.prompt, document.text) for document in documents]
 
 
 def _texts(answers: list[Answer], labels: list[list[str]]) -> list[dict[str, Any]]:

@@ -133,6 +133,13 @@ def test_many_answers_are_one_diagnosis(tiny_release, parts, tmp_path, capsys):
     assert found["layers"]["0"] == [vars(suspect) for suspect in expected[0]]
 
 
+def test_a_mesh_finds_the_same(tiny_release, tmp_path):
+    one = diagnosed(tiny_release, tmp_path / "one", MIXED, "--script", "Han")
+    four = diagnosed(tiny_release, tmp_path / "four", MIXED, "--script", "Han", "--mesh", "2x2")
+    assert [(s["layer"], s["feature"]) for s in one["best"]] == [(s["layer"], s["feature"]) for s in four["best"]]
+    assert [s["score"] for s in one["best"]] == pytest.approx([s["score"] for s in four["best"]], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

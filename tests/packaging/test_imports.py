@@ -147,6 +147,7 @@ _SHARED = {
     "run",
     "places",
     "opened",
+    "answers",
     "progress",
     "recipes",
     "generate_inputs",
