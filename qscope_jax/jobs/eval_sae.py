@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
-from qscope_jax.backbone.config import ModelConfig, read_config
+from qscope_jax.backbone.config import ModelConfig
 from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.data.batches import PLAN, Buckets, Filled, cut_documents, fill_batch, plan_batches
 from qscope_jax.data.documents import Encoder, Parts, read_ahead
 from qscope_jax.data.text import Corpus, Fields, open_corpus
-from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
+from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.evaluate import (
     DEFINITIONS,
     EvalStep,
@@ -34,15 +33,13 @@ from qscope_jax.evaluate import (
 from qscope_jax.explorer.figures import draw_quality
 from qscope_jax.extract import make_extract_step, measure_sinks
 from qscope_jax.files.atomic import write_json
-from qscope_jax.files.hashes import hash_files
-from qscope_jax.files.source import Source, resolve
+from qscope_jax.files.source import Source
 from qscope_jax.files.tensors import open_tensors, write_tensors
-from qscope_jax.jobs.opened import batch_positions, chosen_layers
-from qscope_jax.jobs.places import local_mesh, model_files, model_name, parse_mesh
+from qscope_jax.jobs.opened import ARITHMETIC, Sources, batch_positions, open_sources
+from qscope_jax.jobs.places import model_name, parse_mesh
 from qscope_jax.jobs.run import Run, devices, plain, say
 from qscope_jax.mesh import to_host
-from qscope_jax.sae.formats import load_saes, open_sae
-from qscope_jax.sae.formats.facts import settle
+from qscope_jax.sae.formats import load_saes
 from qscope_jax.sae.model import Sae, SaeConfig
 
 _PART_ROWS, _PART_BYTES = 32_768, 4 << 20
@@ -110,12 +107,9 @@ class Text(NamedTuple):
 class Opened(NamedTuple):
     """What a run reads, opened but not loaded; `facts` go into quality.json and decide every number in it."""
 
-    model: Source
-    sae: Source
-    layers: tuple[int, ...]
+    sources: Sources
     text: Text
     step: EvalStep
-    mesh: Mesh | None
     facts: dict[str, Any]
 
 
@@ -131,9 +125,9 @@ def run(config: Config) -> None:
     with Run("eval-sae", config, config.out, resumes=True) as job:
         opened = _open(config)
         say(opened.facts["note"])
-        dtype = "float32" if config.precision == "parity" else "bfloat16"
-        backbone = load_backbone(opened.model, dtype=dtype, mesh=opened.mesh)
-        saes = load_saes(opened.sae, opened.layers, k=config.k, mesh=opened.mesh)
+        sources = opened.sources
+        backbone = load_backbone(sources.model, dtype=ARITHMETIC[config.precision][0], mesh=sources.mesh)
+        saes = load_saes(sources.sae, sources.saes, k=config.k, mesh=sources.mesh)
         thresholds = known_thresholds(saes)
         measured = [layer for layer in saes if layer not in thresholds]
         if measured:
@@ -147,7 +141,7 @@ def run(config: Config) -> None:
             counts={
                 "layers": len(saes),
                 "rows": len(opened.text.corpus),
-                "tokens": metrics[opened.layers[0]]["tokens"],
+                "tokens": metrics[next(iter(saes))]["tokens"],
             },
             hashes={name: opened.facts[name]["files"] for name in ("model", "sae")},
             device=devices(),
@@ -167,22 +161,16 @@ def _check_numbers(config: Config) -> None:
 
 def _open(config: Config) -> Opened:
     """Opens everything and refuses what does not fit, before any weights are read."""
-    mesh = local_mesh(config.mesh)
-    model, sae = resolve(config.model, what="model"), resolve(config.sae, what="sae")
-    constants = read_config(model.fetch("config.json"))
-    opened = {layer: open_sae(sae, layer) for layer in chosen_layers(config.layers, sae)}
-    known = {layer: settle(str(o.path), o.facts, k=config.k) for layer, o in opened.items()}
-    step = make_eval_step(constants, known)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, constants.vocab_size)
-    text = _open_text(config, make_encoder(tokenizer), constants)
+    sources = open_sources(config)
+    step = make_eval_step(sources.constants, sources.saes)
+    text, files = _open_text(config, make_encoder(sources.tokenizer), sources.constants), sources.hashes()
     facts: dict[str, Any] = {
-        "model": {"name": model.name, "files": hash_files(model_files(model))},
-        "sae": {"name": sae.name, "files": hash_files(o.path for o in opened.values())},
+        "model": {"name": sources.model.name, "files": files["model"]},
+        "sae": {"name": sources.sae.name, "files": files["sae"]},
         "data": text.corpus.fingerprint(),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": files["tokenizer"],
         "settings": {
-            "k": {layer: one.k for layer, one in known.items()},
+            "k": {layer: one.k for layer, one in sources.saes.items()},
             "precision": config.precision,
             "tokens": config.tokens,
             "predict_tokens": config.predict_tokens,
@@ -193,9 +181,9 @@ def _open(config: Config) -> Opened:
             "document": config.document,
             "plan": PLAN,
         },
-        **_whose(model, known),
+        **_whose(sources.model, sources.saes),
     }
-    return Opened(model, sae, tuple(opened), text, step, mesh, plain(facts))
+    return Opened(sources, text, step, plain(facts))
 
 
 def _open_text(config: Config, encoder: Encoder, constants: ModelConfig) -> Text:

@@ -124,6 +124,21 @@ def test_the_picture_says_which_documents_were_used(tiny_release, files, tmp_pat
     assert notes == ["against german  ·  13 documents: 7 choose, 6 judge"]  # 5 and 8, one of 6 given twice
 
 
+def test_no_decoder_stays_in_memory(tiny_release, files, tmp_path, monkeypatch):
+    from qscope_jax.jobs import features_find
+
+    held, discover = [], features_find.discover
+
+    def watched(backbone, saes, *given, **options):
+        held.extend(sae.params.w_dec.size for sae in saes.values())
+        return discover(backbone, saes, *given, **options)
+
+    monkeypatch.setattr(features_find, "discover", watched)
+    sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--permutations", "0")
+    assert cli.main(command(tiny_release, tmp_path, *sets)) == 0
+    assert held == [0, 0]
+
+
 def test_a_mesh_finds_the_same(tiny_release, files, tmp_path):
     sets = ("--positive", str(files / "fox.jsonl"), "--negative", "german", "--permutations", "9")
     for name, mesh in (("one", "1x1"), ("four", "2x2")):
