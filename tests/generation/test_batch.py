@@ -21,7 +21,7 @@ from qscope_jax.mesh import MeshError, make_mesh
 from qscope_jax.taps import Tap
 from tests.backbone.families import FAMILIES, QUICK
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 NEW = 16
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7], [2, 7, 1, 8, 2, 8]]
 
@@ -96,7 +96,7 @@ def test_layers_read_in_place_write_the_same(family, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_prompts_live_against_transformers(family, monkeypatch):
     pytest.importorskip("torch").set_num_threads(1)
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     maker = importlib.import_module("make_continuations")
     backbone, theirs = golden(family), maker.read_back(GOLDENS / f"{family}_tiny")
     lengths = {"qwen3": (14, 3, 17), "qwen3_moe": (14, 3, 17)}.get(family, (66, 72, 4))
@@ -303,6 +303,6 @@ def test_logits_that_are_no_distribution_end_in_an_error(model):
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_any_work(model, tokens, options, message, monkeypatch):
-    monkeypatch.setattr("qscope_jax.generation.init_cache", None)
+    monkeypatch.setattr("qscope_jax.generation.batch.init_cache", None)
     with pytest.raises(ValueError, match=message):
         generate(model.params, model.config, np.array(tokens), **{"max_new_tokens": NEW, "eos": ()} | options)

@@ -7,9 +7,11 @@ import pytest
 
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.data.tokenizer import load_tokenizer, make_encoder
-from qscope_jax.generation import generate, pad_left
+from qscope_jax.generation import batch, generate, pad_left
 from qscope_jax.generation.completions import Prompt, Stopped, complete, plan_rows
 from qscope_jax.generation.results_file import append, dump, sort, take_up
+from qscope_jax.mesh import to_host
+from qscope_jax.taps import Tap
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 TEXTS = ["the quick brown", "fox", "lazy dog, then the"]
@@ -74,6 +76,28 @@ def test_what_is_shown_while_writing_is_never_taken_back(model, prompts, whole):
     assert len(shown) >= len(made.tokens) - 1
     assert all(made.text.startswith(text) for text in shown)
     assert made.text == whole[0].text.partition(stop)[0]
+
+
+def test_streaming_brings_the_tokens_alone_from_the_device(model, prompts, whole, monkeypatch):
+    brought = []
+
+    def counted(array):
+        brought.append(array)
+        return to_host(array)
+
+    monkeypatch.setattr(batch, "to_host", counted)
+    looks = []
+    tap = Tap(lambda x, *_: (x, x[:, :, :1]), per_layer=np.zeros((2, 1), np.float32))
+
+    def look(_):
+        looks.append(brought.copy())
+        brought.clear()
+
+    (made,) = finish(model, prompts[:1], rows=1, watch=look, tap=tap, top_logprobs=3)
+    assert made.tokens.tolist() == whole[0].tokens.tolist()
+    for before in looks:
+        assert {(array.dtype.name, array.ndim) for array in before} <= {("int32", 1), ("int32", 2), ("bool", 1)}
+    assert any(array.dtype == np.float32 for array in brought)  # at the end all of it
 
 
 def test_it_stops_between_tokens(model, prompts):
