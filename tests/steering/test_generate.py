@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from qscope_jax.backbone.forward import forward
 from qscope_jax.generation import generate
 from qscope_jax.generation import steps as generation_steps
 from qscope_jax.generation.steps import make_steps
 from qscope_jax.steering import MODES, Steer, count_applied, describe, steer
-from tests.backbone.families import QUICK
+from tests.backbone.families import QUICK, make_config, make_params
 from tests.steering.conftest import LENGTHS, NEW, PROMPT, RULES
 from tests.steering.test_tap import entry
 from tests.steering.test_torch import hooked as hooked  # the fixture
@@ -107,3 +108,26 @@ def test_one_program_serves_all_recipes(model, write):
         write(spread(replace(entry(mode, layer), positions="last"), entry("project", 0)))
     write([[Steer(2, b, 0.1 * b, "clamp", preserve_norm=True), Steer(0, b, 1.0)] for b in range(model.rows)])
     assert make_steps(model.config).compilations == before
+
+
+def test_a_hybrid_writes_what_one_pass_over_the_whole_text_says(model):
+    """Layer 1 has a recurrent state and layer 3 a cache of keys: both steered in every step, neither steered twice."""
+    config = make_config("qwen3_5")
+    params, rows = make_params(config), spread(entry("clamp", 1), entry("add", 3, preserve_norm=True), entry("add", 0))
+    assert config.layer_types[:4] == ("linear", "linear", "linear", "full")
+    tap = steer(rows, model.saes, num_layers=config.num_layers)
+    tokens, mask = model.tokens[:, :PROMPT], model.mask[:, :PROMPT]
+    out = generate(params, config, tokens, mask=mask, tap=tap, eos=(), max_new_tokens=NEW + 1)
+    whole = np.concatenate([tokens, out.tokens[:, :NEW]], axis=1)
+    once = jax.jit(forward, static_argnames="config", compiler_options=QUICK)
+    passed = once(params, config, whole, mask=model.mask, tap=tap, prompt_lengths=np.array(LENGTHS))
+    logits = np.asarray(passed.logits[:, PROMPT - 1 :], np.float64)
+    np.testing.assert_array_equal(out.tokens, logits.argmax(axis=-1))
+    chosen = np.take_along_axis(logits, out.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.logprobs, chosen - np.log(np.exp(logits).sum(axis=-1)), atol=1e-4)
+    found, expected = count_applied(out.taps.prompt, out.taps.generated), count_applied(passed.taps)
+    np.testing.assert_array_equal(found.selected, expected.selected)
+    np.testing.assert_array_equal(found.changed, expected.changed)
+    assert (found.changed[RULES.index("all")] == LENGTHS[0] + NEW).all()
+    plain = generate(params, config, tokens, mask=mask, eos=(), max_new_tokens=NEW + 1)
+    assert not np.array_equal(plain.logprobs, out.logprobs)
