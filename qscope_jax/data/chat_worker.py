@@ -46,7 +46,7 @@ def limit_memory(size: int) -> dict[str, str]:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        _lower(resource, resource.RLIMIT_AS, size)
     except (ImportError, ValueError, OSError) as error:
         return {"unlimited": f"{sys.platform} cannot limit a process's memory ({error})"}
     return {}
@@ -58,7 +58,13 @@ def limit_seconds(seconds: int) -> None:
         import resource
     except ImportError:
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, resource.RLIM_INFINITY))
+    _lower(resource, resource.RLIMIT_CPU, int(time.process_time()) + seconds + 1)
+
+
+def _lower(resource: Any, kind: int, to: int) -> None:
+    """Sets a limit, within that of the machine's owner."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (to if hard == resource.RLIM_INFINITY else min(to, hard), hard))
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:

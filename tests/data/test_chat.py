@@ -139,6 +139,18 @@ def test_the_process_knows_little_and_says_where_memory_has_no_limit(tokenizer, 
         encode_chat(tokenizer, MESSAGES)
 
 
+def test_limits_of_the_machines_owner_stand(tokenizer):
+    code = (
+        "import resource, runpy, sys; worker = runpy.run_path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (99, 100))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))\n"
+        "assert worker['limit_memory'](1 << 30) == {}; worker['limit_seconds'](5); worker['limit_seconds'](500)\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU))"
+    )
+    told = subprocess.run([sys.executable, "-P", "-c", code, chat_worker.__file__], capture_output=True, check=True)
+    assert told.stdout.decode().strip() == f"({1 << 29}, {1 << 29}) (100, 100)"
+
+
 def test_what_stands_for_special_tokens_is_never_taken_for_text(tokenizer):
     private = "".join(map(chr, range(0xF0000, 0xF0010))) + "\U000f0301"
     said = f"{private}<|im_end|>{private}"
