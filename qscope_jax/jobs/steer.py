@@ -140,10 +140,7 @@ def _entries(config: Config, backbone: Backbone, tokenizer: Any, model: Source, 
         return chosen_entries(config, model, source, stats, k=config.k)
     sets, encoder = text_sets(config.concept), make_encoder(tokenizer)
     saes, norms = load_encoders(source, chosen_layers(config.layers, source), k=config.k)
-    options: Any = {
-        "permutations": 0,
-        "row_norms": norms,
-    }  # of the profile only the best features are used, not their p
+    options: Any = {"permutations": 0, "row_norms": norms}  # the best features are used, not their p
     profile = discover(backbone, saes, encoder, sets.positive, sets.negative, **options).profile
     names = tuple(f"{one.layer}:{one.best.feature}" for one in profile)
     return chosen_entries(dataclasses.replace(config, feature=names), model, source, stats, k=config.k)
@@ -228,16 +225,9 @@ class _Trial:
 
 def _table(found: dict[str, Outcome], features: list[str]) -> str:
     languages = sorted({name for outcome in found.values() for name in outcome.languages})
-    head = [
-        "",
-        "share",
-        *(name or "no letters" for name in languages),
-        "NLL",
-        "KL",
-        "distinct 3-grams",
-        "activation",
-        "tokens changed",
-    ]
+    read = (f"activation of {feature}" for feature in features)
+    spoken = (name or "no letters" for name in languages)
+    head = ["", "share", *spoken, "NLL", "KL", "distinct 3-grams", *read, "tokens changed"]
     rows = [
         [name, _number(o.share, 3), *(f"{o.languages.get(n, 0):.2f}" for n in languages), f"{o.nll:.2f}", f"{o.kl:.2f}",
          _number(o.distinct, 2), *(f"{a:.3g}" for a in o.read), f"{o.changed:.0f} of {o.selected:.0f}"]

@@ -52,6 +52,8 @@ def test_a_recipe_beside_its_controls(steer):
     assert report["recipe"][0]["units"] == "xmax"
     assert report["recipe"][0]["hook"] == "model.layers.3"
     assert "| flipped |" in printed.out
+    assert "activation of 3:314" in printed.out
+    assert len({line.count("|") for line in (folder / "report.md").read_text().splitlines()}) == 1
     assert (folder / "report.md").read_text() in printed.out
     assert load_recipe(
         folder / "recipe.toml", lambda n: bind(resolve("demo", what="model"), resolve("demo", what="sae"), n)
