@@ -19,7 +19,7 @@ from qscope_jax.backbone.weights import Backbone
 from qscope_jax.generation import bucket, generate, pad_left
 from qscope_jax.mesh import to_host
 from qscope_jax.objectives.lm import kl_loss, next_tokens, output_head
-from qscope_jax.sae.model import Sae, SaeConfig, encode
+from qscope_jax.sae.model import Sae, activations_of, without_provenance
 from qscope_jax.steering import Steer, count_applied, steer
 from qscope_jax.steering.recipe import READS
 from qscope_jax.steering.units import Stats
@@ -196,9 +196,7 @@ def _reading(saes: Mapping[int, Sae], features: Sequence[tuple[int, int]], depth
         raise ValueError(f"features of layer {missing[0]} are to be read, but the SAEs are of layers {sorted(saes)}")
     which = np.full(depth, -1)
     which[layers] = np.arange(len(layers))
-    bare = tuple(
-        Sae(saes[n].params, SaeConfig(saes[n].config.d_model, saes[n].config.d_sae, saes[n].config.k)) for n in layers
-    )
+    bare = tuple(without_provenance(saes[n]) for n in layers)
     wanted = jnp.asarray(np.array(features, np.int32).reshape(-1, 2))
     return Tap(_read, _Read(jnp.asarray(which, jnp.int32), jnp.arange(depth, dtype=jnp.int32)), (wanted, bare))
 
@@ -209,9 +207,7 @@ def _read(h: Float[Array, "b t d"], at: _Read, shared: Any, ctx: TapContext) -> 
     none = jnp.zeros((*h.shape[:2], len(wanted)), jnp.float32)
 
     def read(sae: Sae):
-        values, indices = encode(sae, h)
-        found = (indices[..., None, :] == wanted[:, 1, None]) & (wanted[:, 0] == at.layer)[:, None]
-        return jnp.sum(jnp.where(found, values[..., None, :], 0), axis=-1)
+        return jnp.where(wanted[:, 0] == at.layer, activations_of(sae, h, wanted[:, 1]), 0)
 
     branches = [lambda: none, *((lambda sae=sae: read(sae)) for sae in saes)]
     return h, jax.lax.switch(at.sae + 1, branches)

@@ -128,6 +128,21 @@ def decode(sae: Sae, code: SparseCode, *, impl: str | None = None) -> Float[Arra
     return x_hat + p.b_dec.astype(jnp.float32)
 
 
+def activations_of(sae: Sae, x: Float[Array, "*n d"], features: Int[Array, "*n e"]) -> Float[Array, "*n e"]:
+    """Activations of a few features, as `encode` gives them: 0 where the k largest do not hold a feature.
+
+    `features` are indices that broadcast against `x` without its last axis.
+    """
+    values, indices = encode(sae, x)
+    found = indices[..., None, :] == features[..., None]
+    return jnp.sum(jnp.where(found, values[..., None, :], 0), axis=-1)
+
+
+def without_provenance(sae: Sae) -> Sae:
+    """The SAE with a config of what shapes a program alone, so that SAEs of other layers share one."""
+    return sae._replace(config=SaeConfig(sae.config.d_model, sae.config.d_sae, sae.config.k))
+
+
 def without_decoder(sae: Sae) -> Sae:
     """The SAE for `encode` alone: `w_dec` has no rows, which is half of the memory."""
     return sae._replace(params=sae.params._replace(w_dec=sae.params.w_dec[:0]))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.mesh import to_host
-from qscope_jax.sae.model import Sae, SaeConfig, encode
+from qscope_jax.sae.model import Sae, activations_of, without_provenance
 from qscope_jax.steering.recipe import MODES, READS, Steer, as_rows
 from qscope_jax.steering.slots import Entries, check_layers, fill_slots, resolve
 from qscope_jax.steering.units import Stats
@@ -75,8 +75,7 @@ def steer(
     layers = np.arange(depth)
     active, sae = np.isin(layers, [entry.layer for entry in entries]), np.full(depth, -1)
     sae[read] = np.arange(len(read))
-    # Only what shapes the program stays static: SAEs of other layers then share it.
-    bare = tuple(Sae(saes[n].params, _bare(saes[n].config)) for n in read)
+    bare = tuple(without_provenance(saes[n]) for n in read)
     per_layer = PerLayer(jnp.asarray(layers, jnp.int32), jnp.asarray(active), jnp.asarray(sae, jnp.int32))
     return Tap(apply_recipes, per_layer, Shared(fill_slots(rows, resolved), bare))
 
@@ -152,15 +151,9 @@ def _coefficients(x, h, at: PerLayer, shared: Shared) -> Float[Array, "b t e"]:
 def _activations(h, index, shared: Shared) -> Float[Array, "b t e"]:
     """The entries' feature activations; 0 where the SAE's k largest do not hold them, or no SAE is read."""
     feature = shared.entries.feature[:, None]
-
-    def read(sae: Sae):
-        values, indices = encode(sae, h)
-        found = indices[..., None, :] == feature[..., None]
-        return jnp.sum(jnp.where(found, values[..., None, :], 0), axis=-1)
-
     none = lambda: jnp.zeros((*h.shape[:2], feature.shape[-1]), jnp.float32)  # noqa: E731
     # One branch per SAE: picked from a stack of encoders, one would be a copy of it.
-    branches = [none, *((lambda sae=sae: read(sae)) for sae in shared.saes)]
+    branches = [none, *((lambda sae=sae: activations_of(sae, h, feature)) for sae in shared.saes)]
     return jax.lax.switch(index + 1, branches)
 
 
@@ -175,7 +168,3 @@ def _in_ranges(ranges, ctx: TapContext) -> Bool[Array, "b t e"]:
     position, from_end = ctx.positions[..., None, None], (ctx.positions - ctx.prompt_lengths)[..., None, None]
     position = jnp.where(relative == 1, from_end, position)
     return jnp.any((low <= position) & (position < high), axis=-1)
-
-
-def _bare(config: SaeConfig) -> SaeConfig:
-    return SaeConfig(config.d_model, config.d_sae, config.k)
