@@ -113,7 +113,7 @@ def try_recipes(
             found[name].append(row)
         if progress is not None:
             progress(len(part), sum(len(row[0]) for row in written))
-    return {name: _outcome([*rows], tokenizer, writing) for name, rows in found.items()}
+    return {name: _outcome(rows, tokenizer, writing) for name, rows in found.items()}
 
 
 def _batches(rows: list[Any], size: int) -> list[list[Any]]:

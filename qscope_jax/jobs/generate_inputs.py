@@ -19,13 +19,13 @@ from qscope_jax.data.chat import ChatError, chat_encoder
 from qscope_jax.data.text import BadRow, Document, Fields, open_corpus
 from qscope_jax.data.tokenizer import check_vocabulary, load_tokenizer, make_encoder, tokenizer_hash
 from qscope_jax.extract import check_sae
-from qscope_jax.features.files import check_statistics
+from qscope_jax.features.files import check_statistics, statistics_of
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.generation import GenerateOutput
 from qscope_jax.jobs.places import bind, local_mesh, model_files
 from qscope_jax.jobs.progress import Meter
-from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
+from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed
 from qscope_jax.jobs.run import Run, say
 from qscope_jax.steering import count_applied, describe, steer
 from qscope_jax.taps import Tap
@@ -117,7 +117,7 @@ def load_steering(config: Any, opened: Opened) -> Steering:
         if not config.steer:
             return Steering(None, [], {})
     source = resolve(config.sae, what="sae")
-    stats = load_stats(config, source)
+    stats = statistics_of(source, config.statistics)
     entries = chosen_entries(config, opened.model, source, stats, k=config.k)
     saes = load_needed(entries, source, config.k, mesh=opened.mesh)
     check_statistics(stats, source, saes)

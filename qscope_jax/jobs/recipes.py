@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from qscope_jax.features.files import statistics_of
 from qscope_jax.files.source import Source
 from qscope_jax.jobs.places import bind
 from qscope_jax.sae.formats import load_saes
@@ -87,11 +86,6 @@ def load_needed(entries: list[Steer], sae: Source, k: int | None, mesh=None) -> 
     """The SAEs of the layers whose features are steered."""
     layers = sorted({entry.layer for entry in entries if entry.feature is not None})
     return load_saes(sae, layers, k=k, mesh=mesh)
-
-
-def load_stats(options: SteerOptions, sae: Source) -> Stats | None:
-    """The statistics that --statistics names, or those beside the SAEs, if there are any."""
-    return statistics_of(sae, options.statistics)
 
 
 def _entry(options: SteerOptions, layer: int, feature: int, stats: Stats | None) -> Steer:

@@ -18,13 +18,13 @@ from qscope_jax.backbone.weights import Backbone, load_backbone
 from qscope_jax.data.tokenizer import make_encoder
 from qscope_jax.features.concepts import text_sets
 from qscope_jax.features.discovery import discover
-from qscope_jax.features.files import check_statistics
+from qscope_jax.features.files import check_statistics, statistics_of
 from qscope_jax.files.atomic import write_json, write_text
 from qscope_jax.files.hashes import hash_files
 from qscope_jax.files.source import Source, resolve
 from qscope_jax.jobs.opened import ARITHMETIC, Precision, chosen_layers, load_encoders, open_model
 from qscope_jax.jobs.places import bind, model_files
-from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed, load_stats
+from qscope_jax.jobs.recipes import SteerOptions, chosen_entries, load_needed
 from qscope_jax.jobs.run import Run, devices, plain
 from qscope_jax.sae.model import Sae
 from qscope_jax.steering import Steer, describe, save_recipe
@@ -97,7 +97,7 @@ def run(config: Config) -> None:
     with Run("steer", config, config.out) as job:
         (model, _, tokenizer), source = open_model(config.model), resolve(config.sae, what="sae")
         backbone = load_backbone(model, dtype=ARITHMETIC[config.precision][0])
-        stats = load_stats(config, source)
+        stats = statistics_of(source, config.statistics)
         entries = _entries(config, backbone, tokenizer, model, source, stats)
         saes = load_needed(entries, source, config.k)
         check_statistics(stats, source, saes)

@@ -16,25 +16,14 @@ from qscope_jax.backbone.forward import forward
 from qscope_jax.backbone.weights import load_backbone
 from qscope_jax.files.tensors import open_tensors
 from qscope_jax.generation import advance, bucket, finished, generate, make_steps, pad_left, result, start
-from qscope_jax.generation import steps as generation_steps
 from qscope_jax.mesh import MeshError, make_mesh
 from qscope_jax.taps import Tap
 from tests.backbone.families import FAMILIES, QUICK
+from tests.generation.programs import quick_programs as quick_programs  # the fixture
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NEW = 16
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7], [2, 7, 1, 8, 2, 8]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_programs():
-    """Programs that run for milliseconds are compiled without optimisation."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(generation_steps.jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-    make_steps.cache_clear()
-    yield
-    patch.undo()
-    make_steps.cache_clear()
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Steered generation: every read token is steered, as by hooks in torch; one program serves all recipes."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -9,26 +8,15 @@ import pytest
 
 from qscope_jax.backbone.forward import forward
 from qscope_jax.generation import generate
-from qscope_jax.generation import steps as generation_steps
 from qscope_jax.generation.steps import make_steps
 from qscope_jax.steering import MODES, Steer, count_applied, describe, steer
 from tests.backbone.families import QUICK, make_config, make_params
+from tests.generation.programs import quick_programs as quick_programs  # the fixture
 from tests.steering.conftest import LENGTHS, NEW, PROMPT, RULES
 from tests.steering.test_tap import entry
 from tests.steering.test_torch import hooked as hooked  # the fixture
 
 pytestmark = pytest.mark.slow  # every program is two, prefill and decode
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs that run for milliseconds are compiled without optimisation."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(generation_steps.jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-    make_steps.cache_clear()
-    yield
-    patch.undo()
-    make_steps.cache_clear()
 
 
 @pytest.fixture(scope="module")
